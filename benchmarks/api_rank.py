@@ -5,9 +5,9 @@
 
 Texts of 256 tokens in the quickstart's vocabulary with choices of 8, T5 v1.1 Small with random
 weights in float32, on two CPU threads. The peer is `steps.score_choices` on a batch that is on the
-device already, so that the ratio shows what tokenizing, padding and sorting cost. The first answer
-is `rank` of one text by the quickstart's base, from the start of `import pemoe_jax`; a first run,
-which does not count, fills the cache of compiled programs.
+device already, so that the ratio shows what tokenizing, padding and sorting cost. The time to the
+first answer is that from the start of `import pemoe_jax` to the end of `rank` of one text by the
+quickstart's base. A run that does not count fills the cache of compiled programs before.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import machine
 import workers
 
 QUICKSTART = workers.REPO / "tasks/quickstart"
-LENGTHS = 256, 8
+LENGTHS = 256, 8  # tokens of an input and of a choice
 FIRST_ANSWER = f"""
 import json, time
 wall, cpu = time.perf_counter(), time.process_time()
@@ -45,6 +45,7 @@ def main() -> None:
     args = parser.parse_args()
     machine.pin()
     with tempfile.TemporaryDirectory() as folder:
+        # By default jax caches no program that compiles in less than a second.
         os.environ |= {
             "PYTHONPATH": str(workers.REPO),
             "JAX_COMPILATION_CACHE_DIR": f"{folder}/cache",
@@ -70,7 +71,7 @@ def first_answer() -> tuple[float, float]:
 
 
 def compare_rank(args: argparse.Namespace, folder: pathlib.Path) -> dict:
-    """Returns the row of `rank` against its program."""
+    """Returns the row that compares `rank` with the program that it runs."""
     import functools
 
     import jax
@@ -114,6 +115,7 @@ def compare_rank(args: argparse.Namespace, folder: pathlib.Path) -> dict:
     batch = jax.device_put(batch)
     program = jax.jit(functools.partial(steps.score_choices, network)).lower(weights, batch)
     compiled = program.compile()
+    # Both sides must do the same work: the best choices' scores are compared.
     scores = np.asarray(compiled(weights, batch))
     ranked = model.rank(texts, choices)
     if not np.allclose([row[0].log_prob for row in ranked], scores.max(axis=1), rtol=1e-4):

@@ -35,7 +35,7 @@ def random_batch(spec: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def as_rows(batch: Mapping[str, np.ndarray], pieces: int) -> list[dict[str, np.ndarray]]:
-    """Returns a row per choice with the input repeated, arrays [B·C / pieces, …], in pieces."""
+    """Returns a row per choice, with the input repeated, in pieces: arrays [B·C / pieces, …]."""
     rows = {key: value.reshape(-1, value.shape[-1]) for key, value in batch.items()}
     choices = batch["decoder_target_tokens"].shape[1]
     rows["encoder_input_tokens"] = np.repeat(rows["encoder_input_tokens"], choices, axis=0)
@@ -73,12 +73,14 @@ def main() -> None:
     pieces = [batch]
     if spec["mode"] != "shared":
         scorer = score_rows
-        # Pieces of equal shape, so that one program serves all of them.
+        # With as many pieces as choices, a piece has as many rows as there are inputs. All pieces
+        # have the same shape, so that one program serves all of them.
         pieces = as_rows(batch, spec["choices"] if spec["mode"] == "pieces" else 1)
     compiled = jax.jit(functools.partial(scorer, model)).lower(params, pieces[0]).compile()
 
     def step() -> float:
         scores = [np.asarray(compiled(params, piece)).ravel() for piece in pieces]
+        # The benchmark compares this number between the sides.
         return float(np.square(np.concatenate(scores)).mean())
 
     info = {

@@ -26,7 +26,14 @@ METHODS = {"ia3": "(IA)³", "lora": "LoRA, rank 4", "full": "full", "mov": "MoV-
 def make_parser(
     doc: str | None, rounds: int = 9, size: str | None = None, gpu: bool = False
 ) -> argparse.ArgumentParser:
-    """Returns a parser with the flags that scripts share; --size exists if it has a default."""
+    """Returns a parser with the flags that scripts share.
+
+    Args:
+      doc: description, the script's docstring.
+      rounds: default of --rounds.
+      size: default of --size; None: the script does not have the flag.
+      gpu: whether the script has the flag --gpu.
+    """
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +56,7 @@ def add_torch_flags(parser: argparse.ArgumentParser, mode: str) -> None:
 def torch_mode(
     args: argparse.Namespace, make_side: Callable[[str], Side], modes: Sequence[str]
 ) -> str:
-    """Returns --torch_mode, or with --search the fastest of all modes, whose times it prints."""
+    """Returns --torch_mode, or with --search the fastest of `modes`; prints their times."""
     if not args.search:
         return args.torch_mode
     seconds = {}
@@ -70,7 +77,7 @@ def dimensions(size: str) -> dict[str, int]:
 
 def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
     """Returns the lower quartile, the median and the upper quartile."""
-    # `statistics.quantiles` needs two; a trial may take one round.
+    # `statistics.quantiles` needs two numbers, but a trial may take a single round.
     if len(numbers) == 1:
         return (numbers[0],) * 3
     low, middle, high = statistics.quantiles(numbers, n=4, method="inclusive")
@@ -78,13 +85,13 @@ def quartiles(numbers: Sequence[float]) -> tuple[float, float, float]:
 
 
 def paired_ratios(ours: Sequence[float], peers: Sequence[float]) -> tuple[float, float, float]:
-    """Returns the quartiles of our times over the peer's, round by round."""
-    # By round: a slow minute of the machine slows both sides and cancels in the ratio.
+    """Returns the quartiles of our times divided by the peer's of the same round."""
+    # A slow minute of the machine slows both sides of a round, and cancels in their ratio.
     return quartiles([a / b for a, b in zip(ours, peers, strict=True)])
 
 
 def peer_python(name: str) -> str:
-    """Returns a peer's interpreter: PEMOE_<NAME>_PYTHON, or that of `make bench-peers`."""
+    """Returns a peer's Python: PEMOE_<NAME>_PYTHON, or that of `make bench-peers`."""
     default = str(REPO / f".venv-{name}" / "bin" / "python")
     return os.environ.get(f"PEMOE_{name.upper()}_PYTHON", default)
 
@@ -101,7 +108,14 @@ def check_peer(python: str, flag: str) -> None:
 def measure_row(
     name: str, sides: Sequence[Side], rounds: int, sequential: bool = False
 ) -> dict[str, Any]:
-    """Alternates our side and its peer, if there is one, and returns the row."""
+    """Alternates our side and its peer, if there is one, and returns the row.
+
+    Args:
+      name: name of the row, see `results.ROWS`.
+      sides: our side, and the peer's.
+      rounds: number of steps of each side.
+      sequential: see `workers.alternate`.
+    """
     other_load = workers.alternate(sides, rounds, sequential)
     rates = [side.info["rates"] for side in sides if "rates" in side.info]
     work = sides[0].info.get("floor")
@@ -110,8 +124,9 @@ def measure_row(
 
 
 def add_utilization(row: dict[str, Any]) -> None:
-    """Adds the share of the peak that the operations of the row's floor reach in our time."""
+    """Adds our utilization: the operations of the row's floor per second, over the chip's peak."""
     floor, ours = row["floor"], row["ours"]
+    # Recorded results have this spelling of the key.
     ours["utilisation"] = floor["flops"] / ours["seconds"] / floor["flops a second"]
 
 
@@ -133,7 +148,7 @@ def make_row(
     """
     row: dict[str, Any] = {"row": name, "ours": ours.as_dict()}
     if peer is not None:
-        # Per token: sides may differ in batch size, where one of them needs more memory.
+        # Times are compared per token: a side that needs more memory may have smaller batches.
         scale = ours.info.get("tokens", 1) / peer.info.get("tokens", ours.info.get("tokens", 1))
         times, peer_times = zip(*ours.times, strict=True), zip(*peer.times, strict=True)
         ratios = [
@@ -152,8 +167,9 @@ def make_row(
 
 
 def _command() -> str:
+    """Returns the command line that started the script, without --json."""
     words = ["benchmarks/" + pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]
-    # The path differs from machine to machine, and rows of one command should compare equal.
+    # The output path differs between machines, but rows of the same command should be equal.
     if "--json" in words:
         at = words.index("--json")
         del words[at : at + 2]

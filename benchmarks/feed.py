@@ -4,8 +4,8 @@
         [--inputs 1024] [--targets 256] [--batch_size 8] [--seconds 15]
 
 Reads the training mixture of a folder of JSON lines from example `--start`, packed, as
-`pemoe_jax.train` does, and prints one figure per line. Memory is the peak of the process's
-anonymous memory above that before the batches.
+`pemoe_jax.train` does, and prints one figure per line. The memory is the increase of the process's
+anonymous memory, from just before the first batch to its peak.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     from pemoe_jax.tasks import jsonl
 
     clock = time.monotonic()
-    # Imported first, so that its seconds do not count as time to the first batch.
+    # seqio is imported first, so that this does not count as time to the first batch.
     seqio_import.import_seqio()
     jsonl.register(args.jsonl_dir, args.vocab_path, use=("train",))
     print(f"imports and checking the files: {time.monotonic() - clock:.2f} s")

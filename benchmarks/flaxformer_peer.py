@@ -1,8 +1,9 @@
-"""A worker with flaxformer's sparse T5, its shipped gin files, in a training step of optax.
+"""A worker with the training step of flaxformer's sparse T5 (see `workers.Worker`).
 
-Its spec: `dimensions`, `sparse` with `num_experts`, `top_k` and `capacity_factor`, `rows` and
-`lengths`, and `one_hot`: whether tokens are embedded by a product with one-hot vectors, as shipped.
-Its environment is that of the T5X peer with google/flaxformer at 399ea3a and aqtp. The worker
+The model is that of flaxformer's shipped gin files, the optimizer is optax's AdamW. Its spec:
+`dimensions`; `sparse` with `num_experts`, `top_k` and `capacity_factor`; `rows` and `lengths`;
+`one_hot`, whether tokens are embedded by a product with one-hot vectors, as in the shipped files.
+Its environment is that of the T5X peer, with google/flaxformer at 399ea3a and aqtp. The worker
 imports no model code of this project.
 """
 
@@ -46,6 +47,7 @@ def make_network(spec: Mapping[str, Any]) -> Any:
         "MOE_TRUNCATED_DTYPE": "'float32'",
         "DROPOUT_RATE": 0.0,
     }
+    # Not a macro of the file, so it is bound directly.
     bindings = [f"{name} = {value}" for name, value in macros.items()]
     bindings.append(f"embedding.Embed.one_hot = {spec['one_hot']}")
     gin.parse_config_files_and_bindings(
@@ -79,6 +81,8 @@ def main() -> None:
         )  # fmt: skip
         targets = tokens["decoder_target_tokens"]
         nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        # Each sparse layer sows its balance loss. Half of the encoder's layers and half of the
+        # decoder's are sparse. 0.01 is the weight of the Switch paper (arXiv 2101.03961).
         leaves = jax.tree_util.tree_leaves_with_path(sown["intermediates"])
         balance = [leaf for path, leaf in leaves if "auxiliary_loss" in jax.tree_util.keystr(path)]
         assert len(balance) == spec["dimensions"]["num_encoder_layers"]

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pemoe_jax.core.network import Transformer
 
-# Published peaks, (dense bfloat16 FLOP/s, memory bytes/s), by the name that jax and torch report.
+# Name of a chip, as jax and torch report it -> its published peaks: FLOP/s of dense products in
+# bfloat16, and bytes/s of its memory.
 CHIPS = {
     "NVIDIA H100 80GB HBM3": (989.4e12, 3.35e12),
     "NVIDIA H100 PCIe": (756e12, 2.0e12),
     "NVIDIA H200": (989.4e12, 4.8e12),
     "NVIDIA A100-SXM4-80GB": (312e12, 2.04e12),
 }
-# Of the products and the line that measure a machine's rates: large enough that launches do not
-# count, and that the line exceeds all caches.
+# Side of the square matrices, and length of the vector, that measure a machine's rates. They are
+# large enough that the start of a program takes no time, and that the vector exceeds all caches.
 SIDE, SIZE = 2048, 1 << 26
 
 
@@ -37,8 +38,8 @@ def train_step_floor(
     Operations are those of the matrix products (`planning.flops`): forward pass and gradients of
     activations for frozen matrices, and the weight gradient for trainable ones. Bytes:
 
-    - every parameter is read in the forward and in the backward pass; of the embedding only the
-      batch's rows are read and written;
+    - every parameter is read in the forward and in the backward pass. Of the embedding, only the
+      rows of the batch's tokens are read and written;
     - for trainable parameters the gradient is written and read, and the parameter and two moments
       are read and written, in float32;
     - for every product [tokens, m] x [m, n] the input is read and the output written in the forward
@@ -54,10 +55,11 @@ def train_step_floor(
     counted = flops.train_step_flops(
         model.config, shapes, trainable, rows, tuple(lengths), reads, examples, model.sparse
     )
-    # With two choices a token and few places, experts compute fewer products than were chosen.
+    # If tokens choose two experts and experts have few places, some choices are not computed.
     operations = min(counted.total, counted.with_places or counted.total)
     tokens = (rows * lengths[0], rows * lengths[1])
     moved = 2 * _forward_bytes(model, shapes, tokens, trainable, frozen_dtype)
+    # The gradient is moved twice, and the parameter and two moments twice each: 8 times 4 bytes.
     moved += sum(8 * 4 * math.prod(shapes[path].shape) for path in trainable)
     return {"flops": operations, "bytes": moved}
 
@@ -71,13 +73,16 @@ def scoring_floor(
 ) -> dict[str, int]:
     """Returns {'flops', 'bytes'} of scoring all choices of inputs that are each encoded once.
 
-    As `train_step_floor`, forward pass only: the encoder and the cross-attention's keys and values
-    process the inputs' tokens, the rest of the decoder the choices' tokens.
+    Counted as in `train_step_floor`, for the forward pass only. The encoder and the keys and values
+    of cross-attention process the inputs' tokens; the rest of the decoder processes the choices'
+    tokens.
     """
     from pemoe_jax.analysis.planning import flops
 
     config, (input_length, target_length) = model.config, lengths
     tokens = (inputs * input_length, inputs * choices * target_length)
+    # Pairs of a query and a key, over all layers. Each takes a product for its logit and one for
+    # its value, of two operations per feature each.
     pairs = config.num_encoder_layers * tokens[0] * input_length
     pairs += config.num_decoder_layers * tokens[1] * (target_length + input_length)
     operations = 4 * pairs * config.num_heads * config.head_dim
@@ -95,6 +100,7 @@ def _forward_bytes(
     trainable: Collection[str] = (),
     frozen_dtype: str = "activations",
 ) -> int:
+    """Returns the bytes that a forward pass moves; `tokens`: of the encoder and of the decoder."""
     import jax.numpy as jnp
 
     from pemoe_jax.analysis.planning import flops
@@ -102,16 +108,17 @@ def _forward_bytes(
 
     dtype, moved = model.config.dtype, 0
     for path, leaf in shapes.items():
-        own = 4 if path in trainable else params_lib.frozen_dtype(path, dtype).itemsize
+        itemsize = 4 if path in trainable else params_lib.frozen_dtype(path, dtype).itemsize
         if frozen_dtype != "activations" and path not in trainable and params_lib.is_matrix(path):
-            own = 1
+            itemsize = 1  # int8 or float8
         if path.startswith("token_embedder"):
-            moved += sum(tokens) * leaf.shape[1] * own
+            moved += sum(tokens) * leaf.shape[1] * itemsize
+            # Tied logits are a product with the whole embedding.
             if _has_tied_logits(shapes):
-                moved += math.prod(leaf.shape) * own
+                moved += math.prod(leaf.shape) * itemsize
                 moved += tokens[1] * leaf.shape[1] * jnp.dtype(dtype).itemsize
             continue
-        moved += math.prod(leaf.shape) * own
+        moved += math.prod(leaf.shape) * itemsize
         # An adapter's products are fused with those of its site.
         if path.endswith("kernel") and "_adapter/" not in path:
             num_tokens = tokens[0 if _reads_encoder(path) else 1]
@@ -135,44 +142,45 @@ def _reads_encoder(path: str) -> bool:
 
 
 def device_rates(dtype: str) -> dict[str, float]:
-    """Returns {'flops', 'bytes'} per second: published peaks, or the best of some measurements."""
+    """Returns {'flops', 'bytes'} per second: a chip's published peaks, or else measured ones."""
     import jax
     import jax.numpy as jnp
 
     kind = jax.devices()[0].device_kind
     if kind in CHIPS:
         return dict(zip(("flops", "bytes"), CHIPS[kind], strict=True))
+    # A product of n x n matrices takes 2 n^3 operations; an increment reads and writes each number.
     square = jnp.ones((SIDE, SIDE), dtype)
     product = jax.jit(lambda a: a @ a)
-    # In place: fresh pages would cost more than the addition.
+    # In place, because fresh pages of memory would take longer than the addition.
     increment = jax.jit(lambda a: a + 1, donate_argnums=0)
-    line = jnp.ones(SIZE, jnp.float32)
+    vector = jnp.ones(SIZE, jnp.float32)
 
-    def increment_line() -> None:
-        nonlocal line
-        line = increment(line).block_until_ready()
+    def increment_vector() -> None:
+        nonlocal vector
+        vector = increment(vector).block_until_ready()
 
     return {
         "flops": 2 * SIDE**3 / fastest_time(lambda: product(square).block_until_ready()),
-        "bytes": 2 * SIZE * 4 / fastest_time(increment_line),
+        "bytes": 2 * SIZE * 4 / fastest_time(increment_vector),
     }
 
 
 def fastest_time(function: Callable[[], Any], tries: int = 5) -> float:
-    """Returns the least seconds of some calls, after one to warm up."""
+    """Returns the seconds of the fastest of `tries` calls, after one call to warm up."""
     function()
     seconds = []
     for _ in range(tries):
         clock = time.perf_counter()
         function()
         seconds.append(time.perf_counter() - clock)
-    # The least: disturbances only add time.
+    # Not the median, because disturbances only add time.
     return min(seconds)
 
 
 def floor_time(work: Mapping[str, float], *rates: Mapping[str, float]) -> dict[str, float]:
     """Returns a row's floor: the time of `work` at the highest rates that any side measured."""
-    # Each side measures the machine; the higher rate is closer to what it can do.
+    # Each side measures the machine. The higher rate is closer to what the machine can do.
     fastest = {key: max(rate[key] for rate in rates) for key in ("flops", "bytes")}
     return {
         "seconds": max(work[key] / fastest[key] for key in fastest),

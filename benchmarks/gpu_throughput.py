@@ -7,10 +7,10 @@
 
 Rows of 1024 and 256 tokens in bfloat16, AdamW, no dropout. Our rows are packed with four examples
 and masked accordingly; torch's rows have one example and need no mask. The sides may differ in
-batch size: the row compares seconds per token. Utilization counts the operations that a frozen base
-needs (forward, gradients of activations, and the adapters' own) over the chip's published peak.
-(IA)³ and LoRA of rank 4 have a peer; MoV-10 has none. Without --gpu the script takes a small step
-on two CPU threads, as a trial: no table has its row.
+batch size, so the row compares seconds per token. Utilization counts the operations that a frozen
+base needs (forward pass, gradients of activations, and the adapters' own) over the chip's published
+peak. (IA)³ and LoRA of rank 4 have a peer; MoV-10 has none. Without --gpu the script takes a small
+step on two CPU threads, as a trial, whose row no table shows.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TORCH_MODES = ("sdpa compile blocks fused", "flex compile blocks fused", "sdpa c
 
 
 def shared_spec(args: argparse.Namespace, method: str, rows: int) -> dict[str, Any]:
-    """Returns the spec's entries of both sides."""
+    """Returns the entries of the spec that both sides have."""
     spec = {**pairs.step_spec(args.size, args.gpu), "method": method, "rank": 4}
     # XL's steps are long enough that three of them suffice for one measurement.
     return {**spec, "optimizer": "adamw", "rows": rows, "steps": 3 if args.gpu else 1}
@@ -63,7 +63,7 @@ def main() -> None:
         common.check_peer(args.torch, "torch")
     rows = []
     for method in args.methods:
-
+        # `method` is bound as a default, because a closure would see that of the last iteration.
         def peer(mode: str, method: str = method) -> workers.Side:
             spec = {**shared_spec(args, method, args.peer_rows), "mode": mode, "mask": False}
             name = f"PEFT {common.METHODS[method]}, {args.peer_rows} rows, {mode}"

@@ -1,13 +1,13 @@
-"""Speed of lm-evaluation-harness's multiple-choice requests with our model, against its own.
+"""Speed of lm-evaluation-harness's multiple-choice requests, with our model and with its own.
 
     python benchmarks/lm_eval_choices.py [--requests 200] [--choices 4] [--length 128] [--rounds 3]
         [--size small] [--json FILE]
 
 `LM.loglikelihood` of contexts of up to `length` tokens with choices of 8, in the quickstart's
 vocabulary, T5 v1.1 Small with random weights in float32, on two CPU threads. The peer is lm_eval's
-`HFLM` (transformers, backend seq2seq) on the same folder, which runs the model for each choice. Its
-choices end in `</s>`, which ours have by themselves, so that both score the same tokens. Needs the
-extras lm-eval and test.
+`HFLM` (transformers, backend seq2seq) on the same folder, which runs the model for each choice. Our
+model ends every choice in EOS and the peer does not, so its choices end in the text `</s>`, and
+both score the same tokens. Needs the extras lm-eval and test.
 """
 
 import os
@@ -24,7 +24,7 @@ import workers
 
 VOCABULARY = workers.REPO / "tasks/quickstart/vocab.model"
 WORDS = ["film", "match", "coach", "river", "winter", "school", "bread", "garden"]
-BATCH = 16  # contexts; of the peer as many rows as choices
+BATCH = 16  # contexts per batch; the peer's batches have a row for each choice of as many contexts
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write_model(folder: pathlib.Path, size: str) -> None:
-    """Writes a folder of Hugging Face with random weights."""
+    """Writes a model with random weights as a folder of Hugging Face."""
     import numpy as np
     import ours
 
@@ -65,7 +65,7 @@ def write_model(folder: pathlib.Path, size: str) -> None:
 
 
 def make_sides(folder: str, args: Any) -> tuple[dict[str, Any], Any]:
-    """Returns a function by name that answers all requests, and one that returns the scores."""
+    """Returns each side's function that answers all requests, and one from answers to scores."""
     import safetensors.torch
     import torch
     import transformers
@@ -86,7 +86,8 @@ def make_sides(folder: str, args: Any) -> tuple[dict[str, Any], Any]:
         batch_size=BATCH * args.choices,
         max_length=2 * args.length,
     )
-    # lm_eval 0.4.13 with transformers 5 ties the head of every T5 to the embedding.
+    # lm_eval 0.4.13 with transformers 5 ties the head of every T5 to the embedding, so the file's
+    # own head is set again.
     arrays = safetensors.torch.load_file(f"{model}/model.safetensors")
     peer.model.lm_head.weight = torch.nn.Parameter(arrays["lm_head.weight"])
     generator = random.Random(0)

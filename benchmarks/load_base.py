@@ -3,10 +3,14 @@
     python benchmarks/load_base.py [--folder /tmp/pemoe_bases] [--repeats 5] [--dtype float32]
 
 Writes a random T5 v1.1 Base (0.99 GB in float32) in every format. Then loads each in separate
-processes, alternately with our reader and with the format's own library, and prints medians: the
-seconds of the load (without imports and the construction of the network), and the peak anonymous
-memory above that before the load, over the parameters' bytes (1.00: the parameters alone). Files
-are in the page cache. pytorch_model.bin needs torch; the comparison with transformers is optional.
+processes, alternately with our reader and with the format's own library, and prints medians:
+
+- the seconds of the load, without imports and the construction of the network;
+- the increase of anonymous memory from the start of the load to its peak, divided by the
+  parameters' bytes (1.00: nothing but the parameters).
+
+Files are in the page cache. pytorch_model.bin needs torch; the comparison with transformers is
+optional.
 """
 
 import argparse
@@ -76,7 +80,7 @@ def write_all(folder: pathlib.Path) -> None:
         checkpointer.save(folder / FOLDERS["T5X Orbax"] / "state", args=ocp.args.PyTreeSave(tree))
 
 
-# Written here: the package reads T5X's formats but does not write them.
+# Written by this script, because the package reads T5X's formats but does not write them.
 def write_legacy(folder: pathlib.Path, flat: dict[str, Any]) -> None:
     """Writes T5X's legacy layout: gzip, chunks of at most 64 MiB along the first axis."""
     import tensorstore as ts
@@ -88,6 +92,7 @@ def write_legacy(folder: pathlib.Path, flat: dict[str, Any]) -> None:
     index = {}
     for path, array in flat.items():
         name = f"target.{path.replace('/', '.')}"
+        # As many rows as fit into 64 MiB.
         rows = max(1, min(array.shape[0], (1 << 26) * array.shape[0] // array.nbytes))
         metadata = {"compressor": {"id": "gzip", "level": 1}, "shape": array.shape, "dtype": "<f4"}
         spec = {
@@ -113,13 +118,13 @@ def our_reader(path: str, dtype: str) -> Callable[[], Any]:
     from pemoe_jax.core import params as params_lib
 
     model = network(dtype)
-    # Traced, and the device started, before the clock: neither is a part of loading.
+    # The network is traced and the device started before the clock starts: neither is loading.
     network_lib.param_shapes(model, params_lib.is_base)
     jnp.zeros(1).block_until_ready()
     return lambda: models.load_base(model, path, 0)[0]
 
 
-def library(path: str, dtype: str) -> Callable[[], Any]:
+def library_reader(path: str, dtype: str) -> Callable[[], Any]:
     """Returns a function that loads with safetensors, transformers (torch) or orbax."""
     if path.endswith(".safetensors"):
         import safetensors.flax
@@ -155,7 +160,7 @@ def measure(load: Callable[[], Any]) -> dict[str, float]:
 
 def compare(folder: pathlib.Path, repeats: int, dtype: str) -> None:
     """Prints the medians of each format and reader."""
-    # the logits matrix stays float32
+    # T5 v1.1 Base has 247,577,856 parameters. In bfloat16 the logits matrix stays float32.
     param_bytes = 4 * 247_577_856 if dtype == "float32" else 2 * (247_577_856 + 32_128 * 768)
     print(f"| format | reader | {dtype}: seconds | peak / parameters |")
     print("| :-- | :-- | --: | --: |")
@@ -165,7 +170,7 @@ def compare(folder: pathlib.Path, repeats: int, dtype: str) -> None:
             print(f"| {name} | not written: torch is absent | | |")
             continue
         readers = ["ours", "library"] if has_library(name) else ["ours"]
-        # Readers alternate, so that a slow minute of the machine slows both.
+        # The readers alternate, so that a slow minute of the machine slows both.
         rounds = [
             [run_load(__file__, ["--load", r, str(path), "--dtype", dtype]) for r in readers]
             for _ in range(repeats)
@@ -204,7 +209,9 @@ def main() -> None:
     if args.load:
         reader, path = args.load
         print(
-            json.dumps(measure({"ours": our_reader, "library": library}[reader](path, args.dtype)))
+            json.dumps(
+                measure({"ours": our_reader, "library": library_reader}[reader](path, args.dtype))
+            )
         )
         return
     if not args.folder.exists():

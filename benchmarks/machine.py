@@ -1,6 +1,7 @@
-"""The machine a benchmark runs on: cores, memory, load, versions (Linux).
+"""Measures the machine that a benchmark runs on: cores, memory, load, versions (Linux).
 
-Standard library only: peers import this module without this package's dependencies.
+This module needs the standard library alone, because peers import it without the dependencies of
+this package.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import re
 import threading
 import time
 
-CORES = 2  # of a comparison on CPU
+CORES = 2  # that a comparison on CPU uses
 MEGABYTE = 1e6
 
 
 def pin(cores: int = CORES) -> None:
     """Restricts this process to the first cores; call it before jax or torch count them."""
-    # Both libraries start as many threads as cores; peers would differ in them on larger machines.
+    # Each library derives its number of threads from the cores that it counts, in its own way. On
+    # a larger machine the sides would differ in it.
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[:cores]))
 
@@ -27,7 +29,8 @@ def pin(cores: int = CORES) -> None:
 def memory(field: str) -> int:
     """Returns a field of /proc/self/status in bytes.
 
-    VmRSS: resident now; VmHWM: peak resident; RssAnon: resident now without mapped files.
+    Fields: VmRSS, the resident memory now; VmHWM, its peak; RssAnon, the resident memory now
+    without mapped files.
     """
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(status.partition(f"{field}:")[2].split()[0])
@@ -39,7 +42,7 @@ def reset_peak_memory() -> None:
 
 
 class PeakMemory:
-    """Context manager: `added` is the peak anonymous memory above that at the start, in bytes."""
+    """Context manager: `added` is the increase of anonymous memory from entry to peak, in bytes."""
 
     def __init__(self, interval: float = 0.02):
         self.interval = interval  # seconds
@@ -52,7 +55,8 @@ class PeakMemory:
         return self
 
     def _sample(self) -> None:
-        # VmHWM would count the mapped files of a checkpoint, which the system can drop.
+        # Sampled, because the system records no peak of anonymous memory. VmHWM would count the
+        # mapped files of a checkpoint, which the system can drop.
         while not self._stop.wait(self.interval):
             self.peak = max(self.peak, memory("RssAnon"))
 
@@ -64,7 +68,8 @@ class PeakMemory:
 
 def _busy_seconds() -> float:
     """Returns the CPU seconds of all processes since the machine started."""
-    # Fields: user nice system idle iowait irq softirq steal; waiting for disks is not busy.
+    # Fields: user nice system idle iowait irq softirq steal. Waiting for disks (iowait) counts as
+    # idle.
     fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     jiffies = [int(field) for field in fields]
     idle = jiffies[3] + jiffies[4]
@@ -78,8 +83,8 @@ class OtherLoad:
         self._before, self._clock = _busy_seconds(), time.perf_counter()
 
     def share(self, own: float) -> float:
-        """Returns their share of all cores, if the benchmark itself used `own` CPU seconds."""
-        # All cores, not only this process's: /proc/stat does not tell processes apart.
+        """Returns the share of all cores that others used; `own`: CPU seconds of the benchmark."""
+        # Of all cores, not only of those of this process: /proc/stat does not tell processes apart.
         available = (time.perf_counter() - self._clock) * (os.cpu_count() or 1)
         return max(0.0, _busy_seconds() - self._before - own) / available
 

@@ -3,9 +3,10 @@
     python benchmarks/molora_formulation.py [--experts 30] [--rounds 15] [--gpu] [--json FILE]
 
 Forward and backward pass of one layer of rank 4 over [8, 128, 512] (with --gpu [16, 1024, 1024] in
-bfloat16), to the same and to twice the number of features; gradients of the input, of A, B and the
-router. The paper's side follows its formula (arXiv 2309.05444, section 2.2),
-`y + (α/R) Σ_e p_e B_e A_e x`, with Σ_e last. The script checks that both agree.
+bfloat16). One layer has as many output features as input features, another twice as many. Gradients
+are those of the input, of A, B and the router. The paper's side follows its formula (arXiv
+2309.05444, section 2.2), `y + (α/R) Σ_e p_e B_e A_e x`, with Σ_e last. The script checks that both
+sides agree.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def main() -> None:
         tokens, width = batch * length, jnp.dtype(dtype).itemsize
         size = RANK * (in_features + out_features) + in_features
         work = {
-            # three products (forward, of activations, of weights) with A, B and the router
+            # A, B and the router each have a product in the forward pass and two in the backward
+            # pass (gradients of activations and of weights), of two operations per weight.
             "flops": 6 * tokens * args.experts * size,
             # The forward pass reads x and y and writes the output; the backward pass reads x and
             # the output's gradient and writes that of x.

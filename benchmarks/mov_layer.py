@@ -3,10 +3,11 @@
     python benchmarks/mov_layer.py [--experts 30] [--rounds 15] [--gpu] [--plain_mov] [--json FILE]
 
 The layers of T5 v1.1 Large, `gate` [B, L, 2816] and `key` [B, L, 16, 64]: on a GPU 16 rows of 1024
-in bfloat16, on two CPU threads 8 rows of 128 in float32. The forward pass takes at least a read and
-a write, that is one copy. The backward pass reads the tensor and the output's gradient and writes
-its own gradient, one and a half copies. So both together are compared with two and a half copies,
-which are measured in turn with them. Gradients are those of the tensor, the vectors and the router.
+in bfloat16, on two CPU threads 8 rows of 128 in float32. The forward pass must read and write the
+tensor, which is one copy. The backward pass reads the tensor and the output's gradient and writes
+the tensor's gradient, which is one and a half copies. So both together are compared with two and a
+half times the time of a copy; copies and passes are measured in turn. Gradients are those of the
+tensor, the vectors and the router.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import machine
 import workers
 
 FEATURES = {"gate": (2816,), "key": (16, 64)}
-COPIES = {"forward": 1.0, "both": 2.5}
+COPIES = {"forward": 1.0, "both": 2.5}  # that each part takes at least
 
 
 def main() -> None:
@@ -50,6 +51,7 @@ def main() -> None:
         x = jnp.zeros((*shape[:2], 1), dtype)  # MoV's default routers read y
         params = layer.init(jax.random.key(0), x, y)["params"]
 
+        # All programs have the same inputs. Variables of the loop are bound as defaults.
         def forward(params: Any, y: Any, cotangent: Any, x: Any = x) -> Any:
             return layer.apply({"params": params}, x, y)
 
@@ -70,7 +72,8 @@ def main() -> None:
             copies = workers.Side(f"{COPIES[part]:g} copies of the tensor", times=times)
             floor = {
                 "bytes": 2 * COPIES[part] * y.nbytes,
-                # the router's product and the mixture, and two gradients of each
+                # The router's product and the mixture take two operations per number and expert
+                # each. The backward pass takes twice as many, for two gradients of each.
                 "flops": 4 * y.size * args.experts * (1 if part == "forward" else 3),
             }
             name = f"mov_layer/{device} {site} {part}"

@@ -1,10 +1,13 @@
-"""A worker with our training step on random rows (see `workers.Worker`); uses the core alone.
+"""A worker with our training step on random rows (see `workers.Worker`).
 
-Its spec: `dimensions` and other fields of T5Config (`dtype`, `scan_layers`, `remat_policy`,
-`attention`, …); fields of `sparse.Sparse`, with `router_scale`, by which routers are multiplied;
-`gradients_only`, to compute no update; `frozen_dtype`; `method` with `experts`, `rank` and whether
-MoV is `fused`; `rows` and `lengths` of inputs and targets; `optimizer`, `packed`, `microbatches`;
-`gpu`; `steps` per measurement, since a single GPU step is too short to time.
+It uses only `pemoe_jax.core`. Its spec:
+
+- `dimensions` and other fields of T5Config (`dtype`, `scan_layers`, `remat_policy`, `attention`,
+  …); `sparse`, the fields of `sparse.Sparse`; `router_scale`, by which routers are multiplied;
+- `method` with `experts`, `rank` and `fused` (for MoV); `frozen_dtype`;
+- `rows` and `lengths` of inputs and targets; `packed`; `microbatches`; `optimizer`;
+  `gradients_only`, to compute no update;
+- `gpu`; `steps` per measurement, since a single step on a GPU is too short to time.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ def make_adapters(spec: Mapping[str, Any]) -> Adapters:
 
 
 def make_model(spec: Mapping[str, Any]) -> Transformer:
-    """Returns the network of a spec."""
+    """Returns the network that a spec describes."""
     from pemoe_jax.core import network, sparse
 
     names = ("dtype", "scan_layers", "remat_policy", "attention")
@@ -62,8 +65,8 @@ def make_model(spec: Mapping[str, Any]) -> Transformer:
 
 
 def random_batch(rows: int, lengths: Sequence[int], packed: bool = False) -> dict[str, np.ndarray]:
-    """Returns [rows, length] int32 without padding; packed rows have `PACKED_EXAMPLES` each."""
-    # From 3 on, past padding, EOS and unknown, so that no mask removes work.
+    """Returns random arrays [rows, length], int32; a packed row has `PACKED_EXAMPLES` examples."""
+    # Ids begin at 3, after padding, EOS and unknown, so that no padding reduces the work.
     rng = np.random.default_rng(0)
     inputs, targets = (rng.integers(3, common.VOCAB_SIZE, (rows, length)) for length in lengths)
     batch = {
@@ -87,28 +90,30 @@ def random_params(
     frozen_dtype: str = "activations",
     router_scale: float = 1.0,
 ) -> dict[str, Any]:
-    """Returns {path: array}, trainable parameters in float32, the others in a run's dtype."""
+    """Returns {path: array}: trainable parameters in float32, the others in the dtype of a run."""
     import jax
     import jax.numpy as jnp
 
     from pemoe_jax.core import network, quantized
     from pemoe_jax.core import params as params_lib
 
-    # Array by array, each in its own dtype: 11 billion parameters never exist in float32.
+    # Drawn array by array, each in its own dtype, so that 11 billion parameters are never all in
+    # float32.
     @functools.partial(jax.jit, static_argnums=(1, 2))
-    def normal(key: Any, shape: tuple[int, ...], dtype: Any, size: float) -> jax.Array:
-        return jax.random.normal(key, shape, dtype) * jnp.asarray(size, dtype)
+    def normal(key: Any, shape: tuple[int, ...], dtype: Any, stddev: float) -> jax.Array:
+        return jax.random.normal(key, shape, dtype) * jnp.asarray(stddev, dtype)
 
     def draw(path: str, shape: tuple[int, ...]) -> Any:
         frozen = params_lib.frozen_dtype(path, model.config.dtype)
         dtype = jnp.dtype(jnp.float32) if path in trainable else frozen
         if path.endswith(("scale", "vectors")):
             return jnp.ones(shape, dtype)
-        size = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
+        stddev = 1.0 if path.startswith("token_embedder") else 1 / math.sqrt(shape[-2])
         if "/router/" in path:
-            size *= router_scale
-        # Seeded by path: `hash` differs between processes, and an order may change.
-        array = normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, size)
+            stddev *= router_scale
+        # Seeded by a checksum of the path. `hash` differs between processes, and the order of the
+        # parameters may change.
+        array = normal(jax.random.key(zlib.crc32(path.encode())), shape, dtype, stddev)
         if frozen_dtype == "activations" or path in trainable or not params_lib.is_matrix(path):
             return array
         return quantized.quantize(array, frozen_dtype)
@@ -141,7 +146,7 @@ def main() -> None:
         params_lib.unflatten({p: a for p, a in flat.items() if (p in trainable) == is_trainable})
         for is_trainable in (True, False)
     )
-    del flat  # or a second copy would stay while layers are stacked
+    del flat  # it would keep a second copy while layers are stacked
     if spec.get("scan_layers"):
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     optimizer = getattr(optim, spec.get("optimizer", "adafactor"))(

@@ -1,4 +1,4 @@
-"""Shapes of our training steps, their settings on a GPU, and comparisons of two of our methods."""
+"""Shapes and GPU settings of our training steps, and comparisons of two of our methods."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ GPU_SETTINGS = ("attention", "scan_layers", "remat_policy", "fused", "frozen_dty
 
 
 def add_gpu_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds settings of our side on a GPU under their names in a spec."""
-    # These defaults were fastest on an H200.
+    """Adds a flag for each of `GPU_SETTINGS`, the settings of our side on a GPU."""
+    # The defaults were the fastest on an H200.
     parser.add_argument("--attention", default="fused", choices=("plain", "chunked", "fused"))
     parser.add_argument(
         "--scan", dest="scan_layers", action="store_true", help="run the layers as a loop"
@@ -39,17 +39,23 @@ def gpu_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def step_spec(size: str, gpu: bool = False) -> dict[str, Any]:
-    """Returns the model and the batch of the table's CPU rows, or of its GPU rows."""
+    """Returns the model and the batch of the CPU rows, or of the GPU rows, of RESULTS.md."""
     spec: dict[str, Any] = {"dimensions": common.dimensions(size)}
     if not gpu:
         return {**spec, "rows": 8, "lengths": [128, 32]}
-    # Five steps per measurement: one is too short to time.
+    # Five steps per measurement, because one is too short to time.
     batch = {"rows": 16, "lengths": [1024, 256], "dtype": "bfloat16", "packed": True}
     return {**spec, **batch, "gpu": True, "steps": 5}
 
 
 def compare(doc: str | None, name: str, methods: Mapping[str, Mapping[str, Any]]) -> None:
-    """Measures the first of two methods against the second, with the flags of the command line."""
+    """Runs a benchmark that measures the first of two methods against the second.
+
+    Args:
+      doc: the script's docstring.
+      name: name of the row, without the device.
+      methods: name of each method -> its entries in the spec.
+    """
     parser = common.make_parser(doc, size="small", gpu=True)
     add_gpu_flags(parser)
     args = parser.parse_args()

@@ -24,7 +24,7 @@ FIGURES: dict[str, Callable[[Measured], float]] = {
     "arrays": lambda row: row["ours"]["beyond"] / row["ours"]["largest"],
     "utilization": lambda row: row["ours"]["utilisation"],
 }
-# Targets of these are lower bounds; all others are upper bounds.
+# The targets of these figures are lower bounds, those of all others are upper bounds.
 AT_LEAST = ("speed", "utilization")
 
 
@@ -32,9 +32,9 @@ class Row(NamedTuple):
     """A line of the table.
 
     Attributes:
-      name: name of the row in the results files; that of a row that needs a GPU contains 'gpu'.
-      description: name in the table.
-      targets: {figure: bound}, of `FIGURES`.
+      name: name of the row in the results files. It contains 'gpu' if the row needs a GPU.
+      description: name of the row in the table.
+      targets: figure, a key of `FIGURES` -> its bound.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Row(NamedTuple):
     targets: Mapping[str, float]
 
 
+# Parts of descriptions that several rows share.
 _MOLORA = "MoLORA-10 of rank 4 against LoRA of rank 40, whole step"
 _MOV = "MoV-30 against (IA)³, whole step"
 _FORMULATION = "MoLORA's layer, 30 experts, against the paper's formulation, 512 to"
@@ -169,7 +170,7 @@ target.
 
 
 def read_rows(folder: pathlib.Path) -> dict[str, Measured]:
-    """Returns {name: row} of all files; of equal names the row in the last file counts."""
+    """Returns {name: row} of all files; if two rows have the same name, the last file's is used."""
     rows = {}
     for path in sorted(folder.glob("*.json")):
         rows |= {row["row"]: row for row in json.loads(path.read_text())}
@@ -178,7 +179,7 @@ def read_rows(folder: pathlib.Path) -> dict[str, Measured]:
 
 def format_line(row: Row, measured: Measured | None) -> str:
     """Returns a line of the table."""
-    # <br>, because a cell of a Markdown table is one line.
+    # Lines are broken by <br>, because a cell of a Markdown table is one line.
     targets = "<br>".join(
         f"{name} {'≥' if name in AT_LEAST else '≤'} {format_number(name, limit)}"
         for name, limit in row.targets.items()
@@ -205,7 +206,7 @@ def format_figure(name: str, limit: float, measured: Measured) -> str:
     number, spread = FIGURES[name](measured), ""
     if name in ("time", "speed"):
         low, _, high = measured["ratio"]
-        # Speed is the inverse of the ratio, which exchanges the ends of its spread.
+        # Speed is the inverse of the ratio, so the ends of the spread are exchanged.
         low, high = (1 / high, 1 / low) if name == "speed" else (low, high)
         spread = f" ({low:.3g}–{high:.3g})"
     is_met = number >= limit if name in AT_LEAST else number <= limit

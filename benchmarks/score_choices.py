@@ -4,9 +4,9 @@
         [--torch .venv-torch/bin/python] [--search] [--gpu] [--json FILE]
 
 Random inputs of 256 tokens with choices of 8, T5 v1.1 Small with random weights in float32 (with
---gpu bfloat16). Compares `steps.score_choices` with one pass per choice (the faster of all rows at
-once and `inputs` rows at a time), and with torch, which also encodes each input once
-(`torch_choices.py`), if its environment exists.
+--gpu bfloat16). Compares `steps.score_choices` with one pass per choice (all rows at once, or as
+many rows at a time as there are inputs, whichever is faster). If the environment of torch exists,
+compares it also with torch, which encodes each input once as well (`torch_choices.py`).
 """
 
 import shutil
@@ -54,9 +54,10 @@ def main() -> None:
         error = abs(side.info["first"] / ours.info["first"] - 1)
         if error > (1e-2 if args.gpu else 1e-4):
             raise SystemExit(
-                f"scores must agree, but {side.name} differs by {error:.1e} of their square"
+                f"scores must agree, but the mean squared score of {side.name!r} differs by"
+                f" {error:.1e}"
             )
-    # The faster one: fewer rows at a time fit into the cache, more need fewer calls.
+    # Either may be faster: fewer rows at a time fit into the cache, more rows need fewer calls.
     plain = min((rows, pieces), key=lambda side: statistics.median(side.seconds))
     rates = [side.info["rates"] for side in sides if "rates" in side.info]
     floor = floors.floor_time(ours.info["floor"], *rates)

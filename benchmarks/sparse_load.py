@@ -1,12 +1,12 @@
-"""Loading sparse models: upcycling a dense base against reading it, and a Switch checkpoint.
+"""Load time and memory of sparse models: upcycling a dense base, and reading a Switch checkpoint.
 
     python benchmarks/sparse_load.py [--rounds 5] [--size large] [--folder DIR] [--json FILE]
 
-Writes a random T5 v1.1 and a random Switch-Base-8 as Hugging Face folders in bfloat16, once. Each
-load is a process of its own, dense and upcycled ones in turn; it is timed without imports and the
-construction of the network. `beyond` in a row is the peak anonymous memory above that before the
-load, minus the bytes of the loaded parameters, which are on the host too where the device is a CPU.
-Files are in the page cache.
+Writes a random T5 v1.1 and a random Switch-Base-8 as Hugging Face folders in bfloat16, once. Then
+loads the T5 dense and upcycled, in turn, and the Switch model. Each load is a process of its own,
+and is timed without imports and the construction of the network. `beyond` in a row is the increase
+of anonymous memory from the start of the load to its peak, minus the bytes of the loaded
+parameters, which are on the host because the device is a CPU. Files are in the page cache.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import ours
 import workers
 
 EXPERTS = 8
+# The network of Switch-Base-8.
 _SWITCH = {
     "dimensions": {
         "vocab_size": common.VOCAB_SIZE,
@@ -38,7 +39,7 @@ _SWITCH = {
     "mlp_activations": ("relu",),
     "logits_via_embedding": True,
 }
-# side: what its process does
+# side -> what its process does
 SIDES = {
     "dense": "T5 v1.1, read dense",
     "upcycled": f"T5 v1.1, upcycled to {EXPERTS} experts",
@@ -47,16 +48,17 @@ SIDES = {
 
 
 def make_spec(size: str, side: str) -> dict[str, Any]:
-    """Returns the network of a side: methods/flan_switch.gin's, but for the dense one."""
+    """Returns the spec of a side's network; sparse ones are those of methods/flan_switch.gin."""
     spec = dict(_SWITCH) if side == "switch" else {"dimensions": common.dimensions(size)}
-    # The weights of a Switch checkpoint are probabilities; upcycled copies keep the dense function.
+    # A Switch checkpoint was trained with outputs weighted by the router's probabilities. Upcycled
+    # experts must compute the function of the dense MLP, so their outputs keep the weight 1.
     combine = "probability" if side == "switch" else "straight"
     sparse = {} if side == "dense" else {"sparse": {"num_experts": EXPERTS, "combine": combine}}
     return {**spec, **sparse, "dtype": "bfloat16"}
 
 
 def write_base(spec: dict[str, Any], folder: pathlib.Path) -> None:
-    """Writes random parameters."""
+    """Writes random parameters for a spec's network as a Hugging Face folder."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -82,7 +84,7 @@ def reader(spec: dict[str, Any], folder: pathlib.Path) -> Callable[[], Any]:
     from pemoe_jax.core import params as params_lib
 
     model = ours.make_model(spec)
-    # Traced, and the device started, before the clock: neither is a part of loading.
+    # The network is traced and the device started before the clock starts: neither is loading.
     network.param_shapes(model, params_lib.is_base)
     jnp.zeros(1).block_until_ready()
     return lambda: models.load_base(model, str(folder), 0)[0]
@@ -93,7 +95,12 @@ def measure(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
     import jax
 
     load, loaded = reader(spec, folder), []
-    measured = load_base.measure(lambda: loaded.append(load()) or loaded[0])
+
+    def load_and_keep() -> Any:
+        loaded.append(load())
+        return loaded[0]
+
+    measured = load_base.measure(load_and_keep)
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(loaded[0])]
     return {
         "seconds": measured["seconds"],
@@ -106,7 +113,7 @@ def measure(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
 
 
 def measure_row(name: str, sides: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Loads the sides in turn and returns the row."""
+    """Loads the sides in turn, each `rounds` times, and returns the row."""
     measured = [workers.Side(SIDES[side]) for side in sides]
     load = machine.OtherLoad()
     for _ in range(rounds):

@@ -3,8 +3,8 @@
     python benchmarks/sparse_routing.py [--experts 128] [--rows 16] [--rounds 9] [--json FILE]
 
 Switch Base's width (D 768, F 3072, ReLU) and 128 experts, rows of 512 tokens, top-1, capacity
-factor 1.25, forward and backward, float32, two CPU threads. A token's way is the router's product
-and softmax, the choice of experts and places, and the copies to the slots of the experts and back.
+factor 1.25, forward and backward, float32, two CPU threads. Our side computes the router's product
+and softmax, chooses experts and places, and copies tokens to the experts' slots and back.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     router = 0.02 * jax.random.normal(jax.random.key(2), (EMB_DIM, args.experts))
     mlp = layers.MlpBlock(MLP_DIM, ("relu",))
     params = {"router": router, "mlp": jax.jit(mlp.init)(jax.random.key(3), x)["params"]}
+    # Each row is a group. The last argument is the least capacity.
     capacity = dispatch.capacity(LENGTH, args.experts, 1.25, 4)
 
     def route(params: Any, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Our training step with sparse layers against Switch of Hugging Face and flaxformer, and dense T5.
+"""Our training step with sparse layers, against Hugging Face's and flaxformer's and a dense T5.
 
     python benchmarks/sparse_step.py [--pairs hf flaxformer …] [--rounds 7]
         [--torch .venv-torch/bin/python] [--flaxformer .venv-t5x/bin/python] [--json FILE]
@@ -6,14 +6,18 @@
 
 T5 Small's width with T5 1.0's ReLU and tied logits, every second MLP sparse: 8 experts, top-1,
 capacity factor 1.25; 8 rows of 128 and 32 tokens without padding, float32, AdamW, no dropout, two
-CPU threads per side. Hugging Face's capacity is an absolute number of each row: 20, which is 1.25
-for the inputs. Of flaxformer, the shipped form embeds tokens by a product with one-hot vectors;
-`lookup` reads rows instead.
+CPU threads per side. The pairs:
 
-Against dense T5, of the same operations per token, both sides compute gradients without an update:
-the optimizer's time grows with the experts. Without a limit each token goes to its expert; in
-`one expert` all tokens go to the same. With --gpu this is the only pair: 16 rows of 512 and 128
-tokens in bfloat16.
+- `hf`: Hugging Face's Switch. Its capacity is a number of tokens per expert and row: 20, which is
+  the capacity factor 1.25 for inputs of 128 tokens;
+- `flaxformer`: as shipped, it embeds tokens by a product with one-hot vectors; `lookup`: it reads
+  rows of the embedding instead;
+- `dense`, `dense_top_2`: our dense T5, which has the operations of top-1 per token. Both sides
+  compute gradients without an update, because the optimizer's time grows with the experts;
+- `no_limit`, `one_expert`: gradients without a limit of capacity against those with one. Each token
+  goes to its expert; in `one_expert` all tokens go to the same one.
+
+With --gpu, `dense` is the only pair: 16 rows of 512 and 128 tokens in bfloat16.
 """
 
 from __future__ import annotations
@@ -65,9 +69,10 @@ def main() -> None:
             sides = [ours(f"Switch-8, top-{top_k}, gradients", grads, top_k=top_k)]
             sides.append(workers.Side("dense, gradients", "ours.py", grads))
         else:
-            one_expert = {**grads, "router_scale": 0.0 if pair == "one_expert" else 1.0}
+            # With routers of zeros all experts tie, and every token goes to the first one.
+            no_limit = {**grads, "router_scale": 0.0 if pair == "one_expert" else 1.0}
             sides = [
-                ours("without a limit, gradients", one_expert, capacity_factor=None),
+                ours("without a limit, gradients", no_limit, capacity_factor=None),
                 ours("capacity factor 1.25, gradients", grads),
             ]
         name = f"sparse_step/{'gpu ' if args.gpu else ''}{pair}"

@@ -42,12 +42,12 @@ def first_step(folder: pathlib.Path, size: str) -> tuple[float, resource.struct_
 def time_python(
     arguments: Sequence[str], done: Callable[[], bool] = lambda: False
 ) -> tuple[float, resource.struct_rusage]:
-    """Runs Python; returns the seconds until `done` or its end, and the resource usage."""
+    """Runs Python; returns the seconds until `done` is true or it ends, and its resource usage."""
     with tempfile.TemporaryFile("w+") as output:
         clock, seconds = time.perf_counter(), 0.0
         command = [sys.executable, *arguments]
         process = subprocess.Popen(command, cwd=workers.REPO, stdout=output, stderr=output)
-        # wait4 reports the usage of this child alone; `resource` knows only the sum of all.
+        # wait4 reports the usage of this child alone, `resource` only the sum of all children.
         while not (result := os.wait4(process.pid, os.WNOHANG))[0]:
             if not seconds and done():
                 seconds = time.perf_counter() - clock

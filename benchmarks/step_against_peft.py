@@ -4,9 +4,9 @@
         [--torch .venv-torch/bin/python] [--json FILE]
 
 T5 v1.1 Small, 8 rows of 128 and 32 tokens without padding, float32, AdamW, no dropout, two CPU
-threads per side. torch runs in the mode that `--search`, which tries several, found fastest, or in
-`--torch_mode`. `make bench-peers` installs its environment. Our remat policy is the one closest to
-the targets of both time and memory.
+threads per side. torch runs in `--torch_mode`; with `--search`, in the fastest of several modes,
+which are tried first. `make bench-peers` installs its environment. Our remat policy is the one that
+comes closest to the targets of both time and memory.
 """
 
 from typing import Any
@@ -23,7 +23,8 @@ TORCH_MODES = (
     "sdpa compile wrapper",
     "eager compile",
 )
-# Full fine-tuning keeps everything: its memory is gradients and copies of the parameters.
+# Our remat policy by method. Full fine-tuning keeps all activations, because most of its memory is
+# gradients and copies of the parameters.
 REMAT = {"ia3": "minimal", "lora": "minimal", "full": "none"}
 
 
@@ -40,6 +41,7 @@ def main() -> None:
         label = common.METHODS[method]
         spec = {**pairs.step_spec(args.size), "method": method, "optimizer": "adamw", "rank": 4}
 
+        # Variables of the loop are bound as defaults; a closure would see those of its last round.
         def peer(mode: str, spec: dict[str, Any] = spec, label: str = label) -> workers.Side:
             name = f"PEFT {label}, {mode}"
             return workers.Side(name, "torch_peer.py", {**spec, "mode": mode}, args.torch)

@@ -1,10 +1,10 @@
 """A worker with T5X's training step on its minimal T5 (see `workers.Worker`).
 
 T5X has no adapters. A user adds them to the modules of the T5 and freezes the base model with a
-`MultiOptimizer`, as the MoV paper's code does; so does this worker. `DenseGeneral`, which contains
-all of T5X's matrices, gets (IA)³'s vector or LoRA's pair at our sites. The rest is T5X's own:
-model, loss, `trainer.train_with_lr`, Adafactor and the partitioner. XLA removes the unused
-gradients of the base model. The worker imports no model code of this project.
+`MultiOptimizer`, as the MoV paper's code does. This worker does the same: `DenseGeneral`, the
+module of all of T5X's matrices, gets (IA)³'s vector or LoRA's two matrices at our sites. The rest
+is T5X's own: model, loss, `trainer.train_with_lr`, Adafactor and the partitioner. XLA removes the
+unused gradients of the base model. The worker imports no model code of this project.
 
 Its spec: `dimensions`, `method` (ia3, lora) with `rank`, `rows`, `lengths`. Its environment is that
 of `make t5x VENV=.venv-t5x`.
@@ -42,6 +42,7 @@ def add_adapters(method: str, rank: int) -> None:
             outputs = super().__call__(inputs)
             if self.name not in sites:
                 return outputs
+            # A DenseGeneral contracts the last axes of its inputs, those from `start` on.
             start = inputs.ndim - len(layers._canonicalize_tuple(self.axis))
             out_shape = outputs.shape[start:]
             size_in, size_out = math.prod(inputs.shape[start:]), math.prod(out_shape)
@@ -73,6 +74,7 @@ def make_model(spec: Mapping[str, Any]) -> Any:
     from t5x.examples.t5 import network
 
     adapters = traverse_util.ModelParamTraversal(lambda path, _: "_adapter" in path)
+    # Parameters that match none of the traversals get no update.
     rules = adafactor.standard_logical_factor_rules()
     optimizer = optimizers.MultiOptimizer(
         [(adapters, adafactor.Adafactor(decay_rate=0.8, step_offset=0, logical_factor_rules=rules))]

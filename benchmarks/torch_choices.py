@@ -1,10 +1,11 @@
 """A worker that scores answer choices with Hugging Face's T5 (see `workers.Worker`).
 
-As in our code, an input is encoded once, its cross-attention keys and values are projected once,
-and its choices are decoded against them as additional queries. transformers has no function for
-that, so the worker calls the decoder's modules in order; it checks at the start that the scores
-equal those of one pass per choice. Its spec is that of `choices.py`, with a `mode`: `eager` or
-nothing, `compile`, `freezing` (inductor packs the weights).
+As in our code, each input is encoded once, its cross-attention keys and values are projected once,
+and the tokens of all its choices are queries of the same cross-attention. transformers has no
+function for that, so the worker calls the decoder's modules in order. It checks at the start that
+the scores equal those of one pass per choice. Its spec is that of `choices.py`, with a `mode`,
+words among: `sdpa` or `eager`, the encoder's attention (the decoder's is always sdpa); `compile`;
+`freezing` (inductor packs the weights).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def score_choices(model: Any, inputs: Any, targets: Any) -> Any:
     heads = model.config.num_heads
 
     def attend(query: Any, key: Any, value: Any, bias: Any) -> Any:
-        """[B, Lq, H·K], [B, Lk, H·K] -> [B, Lq, H·K]; T5 does not scale the logits."""
+        """Attends from [B, Lq, H·K] to [B, Lk, H·K]; returns [B, Lq, H·K]."""
+        # T5 does not scale the logits.
         split = [x.view(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value)]
         output = functional.scaled_dot_product_attention(*split, attn_mask=bias, scale=1.0)
         return output.transpose(1, 2).reshape(query.shape)
@@ -54,7 +56,7 @@ def score_choices(model: Any, inputs: Any, targets: Any) -> Any:
 
 
 def score_by_passes(model: Any, inputs: Any, targets: Any) -> Any:
-    """Returns the same by transformers' own function, with one pass per choice."""
+    """Returns what `score_choices` does, by transformers' own function: one pass per choice."""
     import torch
 
     rows, num_choices, length = targets.shape

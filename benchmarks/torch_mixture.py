@@ -3,7 +3,7 @@
     python benchmarks/torch_mixture.py [--rounds 15] [--size small] [--json FILE]
 
 MoV-10 against PEFT's (IA)³, and MoLORA-10 of rank 4 against PEFT's LoRA of rank 40, which has as
-many parameters but for the routers. T5 v1.1 Small of transformers, 8 rows of 128 and 32 tokens
+many parameters except for the routers. T5 v1.1 Small of transformers, 8 rows of 128 and 32 tokens
 without padding, float32, no gradients, two CPU threads. Both sides run in this process, in turn.
 """
 
@@ -49,6 +49,7 @@ def main() -> None:
             with torch.no_grad():
                 return model(**tensors).loss.item()
 
+        # Warms up, as `workers.Worker.run` does.
         forward()
         forward()
         return forward

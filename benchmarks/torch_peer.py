@@ -2,8 +2,8 @@
 
 Its spec: `dimensions` under T5Config's names, `method` (ia3, lora, full) with `rank`, `rows` and
 `lengths` of inputs and targets, `sparse` with the `capacity` of an expert in a row, `dtype`,
-`steps`, `gpu`, whether rows have a `mask` (of ones, as batches that may have padding), and `mode`,
-words among:
+`steps`, `gpu`, `mask` (whether rows have one; it is all ones, as in batches that might have
+padding), and `mode`, words among:
 
 - eager, sdpa, flex: the attention implementation;
 - compile: torch.compile of the model, or with `blocks` of each block, which compiles faster;
@@ -68,12 +68,12 @@ def network(spec: Mapping[str, Any]) -> Any:
 
 
 def add_adapters(model: Any, method: str, rank: int) -> Any:
-    """Adds PEFT's adapters at our sites; `full` trains everything."""
+    """Returns the model with PEFT's adapters at our sites; for `full`, the model itself."""
     from peft import IA3Config, LoraConfig, TaskType, get_peft_model
 
     task = TaskType.SEQ_2_SEQ_LM
     if method == "ia3":
-        # PEFT scales the input of a feed-forward module: that of wo is our gate.
+        # At a feed-forward module PEFT scales the input, and the input of wo is our gate.
         config: Any = IA3Config(
             task_type=task, target_modules=["k", "v", "wo"], feedforward_modules=["wo"]
         )
@@ -139,7 +139,7 @@ def compile_model(model: Any, mode: Sequence[str]) -> Any:
         "wrapper": "cpp_wrapper",
         "graphs": "triton.cudagraphs",
     }
-    # torch.compile takes None, but no empty dict, for its defaults.
+    # For its defaults, torch.compile takes None and refuses an empty dict.
     options = {option: True for word, option in options_by_word.items() if word in mode} or None
     if "blocks" not in mode:
         return torch.compile(model, options=options)
@@ -156,13 +156,13 @@ def final_info(spec: Mapping[str, Any]) -> dict[str, Any]:
 
     if spec.get("gpu"):
         return {"device peak": torch.cuda.max_memory_allocated()}
-    # As `floors.device_rates`, by torch's kernels, which may be faster.
+    # Measured as in `floors.device_rates`, but with torch's kernels, which may be faster.
     side, size = floors.SIDE, floors.SIZE
-    square, line = torch.ones(side, side), torch.ones(size)
-    product, total = torch.empty_like(square), torch.empty_like(line)
+    square, vector = torch.ones(side, side), torch.ones(size)
+    product, total = torch.empty_like(square), torch.empty_like(vector)
     with torch.no_grad():
         multiply = floors.fastest_time(lambda: torch.mm(square, square, out=product))
-        add = floors.fastest_time(lambda: torch.add(line, 1, out=total))
+        add = floors.fastest_time(lambda: torch.add(vector, 1, out=total))
     return {"rates": {"flops": 2 * side**3 / multiply, "bytes": 2 * size * 4 / add}}
 
 

@@ -2,9 +2,9 @@
 
 Each side of a comparison is a process: it loads, compiles, warms up, and then takes one step for
 each line on its input. Steps of the sides alternate, so that both see the same disturbances, and
-one sleeps while the other works. A peer may run in another Python environment; its worker needs the
-standard library and `runtime.host_memory` alone. Worker programs: `ours.py`, `choices.py`,
-`torch_peer.py`, `torch_choices.py`, `t5x_peer.py`.
+one sleeps while the other works. A peer may run in another Python environment, so this module needs
+only the standard library and `runtime.host_memory`. Worker programs: `ours.py`, `choices.py`,
+`torch_peer.py`, `torch_choices.py`, `t5x_peer.py`, `flaxformer_peer.py`.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 class Worker:
     """The worker's end of the pipe: `spec` says what to build, `run` takes steps on request.
 
-    Standard output is reserved for answers; what libraries print goes to the error stream.
+    Standard output is reserved for answers. Output of libraries goes to the error stream.
     """
 
     def __init__(self) -> None:
         self.spec: dict[str, Any] = json.loads(sys.argv[1])
-        # Libraries print to descriptor 1 from C++ too, so sys.stdout alone is not enough.
+        # Libraries print from C++ too, so descriptor 1 is redirected and not only sys.stdout.
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         if not self.spec.get("gpu"):
             machine.pin()
-            host_memory.configure()  # peers too, because it makes them faster as well
+            host_memory.configure()  # in peers too, since it makes them faster as well
             if importlib.util.find_spec("jax"):
                 host_memory.disable_async_dispatch()
 
@@ -65,11 +65,11 @@ class Worker:
         # The first step allocates what later ones reuse, and torch compiles in it.
         clock = time.perf_counter()
         first = float(step())
-        host_memory.trim_heap()  # the compiler's memory is not the step's
+        host_memory.trim_heap()  # returns the compiler's memory, which later steps do not need
         step()
         warm_up = time.perf_counter() - clock
         build_peak = machine.memory("VmHWM")
-        # The peak of steps alone shows what a run holds once compilation is over.
+        # A second peak, of the steps alone, shows the memory of a run after compilation.
         machine.reset_peak_memory()
         self._answer({**info, "first": first, "warm-up": warm_up})
         steps = self.spec.get("steps", 1)
@@ -96,8 +96,8 @@ class Side:
       name: name in the table.
       program: the worker's file in benchmarks/.
       spec: what the worker builds.
-      python: its interpreter.
-      info: what the worker answered before and after its steps.
+      python: the worker's interpreter.
+      info: the worker's answers before and after its steps.
       times: (seconds, CPU seconds) of each step.
     """
 
@@ -124,6 +124,7 @@ class Side:
         )
 
     def wait(self) -> None:
+        """Waits until the worker is warm."""
         self.info = self._read_answer()
 
     def step(self) -> None:
@@ -195,7 +196,9 @@ def alternate(sides: Sequence[Side], rounds: int, sequential: bool = False) -> f
 def alternate_functions(
     functions: Mapping[str, Callable[[], Any]], rounds: int
 ) -> tuple[list[Side], float]:
-    """As `alternate`, for warm functions of this process that wait for their own end.
+    """Does what `alternate` does, for functions of this process.
+
+    The functions must be warm and return only when their work is done.
 
     Returns:
       A side per function, and the share of the cores that other processes used.
@@ -223,7 +226,18 @@ def alternate_programs(
     gpu: bool = False,
     calls: int = 1,
 ) -> tuple[list[Side], float]:
-    """As `alternate_functions`, for programs that jax compiled; a step is `calls` calls."""
+    """Does what `alternate_functions` does, for programs that jax compiled.
+
+    Args:
+      programs: the programs by name.
+      inputs: their arguments.
+      rounds: number of steps of each program.
+      gpu: whether they run on a GPU.
+      calls: number of calls in a step.
+
+    Returns:
+      A side per program, with times per call, and the share of the cores that other processes used.
+    """
     import jax
 
     def make_function(program: Any) -> Callable[[], Any]:
@@ -246,7 +260,8 @@ def alternate_programs(
 
 
 def check_gpu(spec: Mapping[str, Any]) -> None:
-    """Ends a worker of JAX that needs a GPU and has none: its sizes do not fit a CPU's memory."""
+    """Ends a JAX worker whose spec asks for a GPU if there is none."""
+    # Models of GPU rows would fill the memory of a machine without a GPU.
     import jax
 
     if spec.get("gpu") and jax.default_backend() != "gpu":
@@ -254,7 +269,7 @@ def check_gpu(spec: Mapping[str, Any]) -> None:
 
 
 def jax_info(gpu: bool) -> dict[str, Any]:
-    """Returns a side's versions, and the name of the GPU."""
+    """Returns a side's versions and, with `gpu`, the name of the GPU."""
     import jax
 
     versions = {"versions": machine.versions("jax", "jaxlib", "flax")}

@@ -5,7 +5,7 @@
 
 Packed rows of 1024 and 256 tokens, a frozen base in bfloat16 (22 GB; 11 GB with --frozen),
 Adafactor, layers as one loop. Memory is the device's peak. Without --gpu the script takes a small
-step on two CPU threads, as a trial: no table has its row.
+step on two CPU threads, as a trial, whose row no table shows.
 """
 
 import common
@@ -19,7 +19,7 @@ def main() -> None:
     parser.set_defaults(scan_layers=True, remat_policy="minimal")
     args = parser.parse_args()
     ours = gpu_throughput.our_side(args, "mov")
-    # Adafactor, as the paper; a step is long enough to time alone.
+    # The paper uses Adafactor. A step is long enough to be timed alone.
     ours.spec = {**ours.spec, "optimizer": "adafactor", "steps": 1}
     name = f"xxl_on_one_gpu/{'gpu' if args.gpu else 'trial'}"
     row = common.measure_row(name, [ours], args.rounds)

@@ -1,10 +1,10 @@
-"""Damages files and reads them: each reader must refuse a file in one line, or read it.
+"""Damages files and reads them: each reader must read a file, or refuse it in one line.
 
     python tests/faults/damaged_files.py [--cases 2000] [--seed 0] [--reader NAME] [--record]
 
-Each reader runs in a process of its own, with limits of memory and of seconds for a file. The
-damage is drawn with the seed: changed bytes, and replaced values of JSON and msgpack or lines
-of YAML. Values that were read are compared with those of the undamaged file.
+Each reader runs in a process of its own, with a limit of memory, and a limit of seconds for each
+file. The damage is drawn with the seed: changed bytes, replaced values of JSON and msgpack, and
+replaced lines of YAML. Values that are read are compared with those of the undamaged file.
 """
 
 import argparse
@@ -28,11 +28,14 @@ from typing import Any, NamedTuple
 import summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+# For the package, and for the tests' helper modules, such as `archives`.
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-CPU_SECONDS = 20  # for one file, of which reading takes about a thousandth
-SECONDS = 600  # the machine may be busy
+CPU_SECONDS = 20  # for one file; reading an intact one takes about a thousandth of this
+SECONDS = 600  # for one file on the clock, since the machine may be busy
 MEMORY = 6 << 30  # bytes of a process's data (RLIMIT_DATA), mapped files excluded
+# Refused in one line, read with the same values, read with other values; or a failure: any other
+# exception, or too long.
 OUTCOMES = ("clear", "same", "changed", "traceback", "hang")
 
 
@@ -40,9 +43,9 @@ class Reader(NamedTuple):
     """A reader and the files that it reads.
 
     Attributes:
-      read: reads all of the files; returns what it has read, with a `repr` that shows all values.
+      read: reads all of the files; the `repr` of its result shows all values.
       files: the files to damage.
-      checksum: the checksum that notices changed values; None: the format has none.
+      checksum: the checksum that detects changed values; None: the format has none.
     """
 
     read: Callable[[], object]
@@ -52,6 +55,7 @@ class Reader(NamedTuple):
 
 # --- damage ---
 
+# Integers at which fields of 8, 16, 32 or 64 bits overflow.
 _INTEGERS = (0, 1, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
@@ -62,30 +66,31 @@ def damage_bytes(content: bytes, rng: random.Random) -> bytes:
         size = len(data)
         at, length = rng.randrange(size + 1), min(rng.choice((1, 1, 2, 4, 8, 64)), size)
         kind = rng.randrange(8)
-        if kind == 0 and at < size:
+        if kind == 0 and at < size:  # flips a bit
             data[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
+        elif kind == 1:  # overwrites some bytes
             data[at : at + length] = rng.randbytes(len(data[at : at + length]))
-        elif kind == 2:
+        elif kind == 2:  # truncates
             del data[at:]
-        elif kind == 3:
+        elif kind == 3:  # removes some bytes
             del data[at : at + length]
-        elif kind == 4:
+        elif kind == 4:  # inserts some bytes
             data[at:at] = rng.randbytes(length)
-        elif kind == 5:
+        elif kind == 5:  # repeats a part of the file
             start = rng.randrange(size + 1)
             data[at:at] = data[start : start + 16 * length]
-        elif kind == 6:
+        elif kind == 6:  # overwrites an integer
             width = rng.choice((4, 8))
             number = rng.choice(_INTEGERS) % 256**width
             data[at : at + width] = number.to_bytes(width, rng.choice(("little", "big")))
-        else:
+        else:  # overwrites a character by one that has a meaning in a text format
             data[at : at + 1] = rng.choice(
                 (b"-", b'"', b"{", b"]", b"\0", b"\xff", b"\n", b"9" * 40)
             )
     return bytes(data)
 
 
+# Values of every JSON type, most of them unexpected anywhere.
 _VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 1.5, float("nan"), float("inf"), 10**30, "", "x", "\ud800", "../x"),
     *([], {}, [[]], [None], {"x": None}, ["x"], [-1], [2**63], "x" * 10_000),
@@ -93,10 +98,15 @@ _VALUES: tuple[Any, ...] = (
 
 
 def damage_json(value: Any) -> Iterator[Any]:
-    """Yields other JSON values, then copies of `value` with one value or key replaced."""
+    """Yields other JSON values, then copies of `value` with one value or key replaced.
+
+    Of large values, only some places are damaged: those in the first 40 items of each object or
+    list, and at most 60 of these.
+    """
     yield from _VALUES
 
     def places(node: Any, path: tuple) -> Iterator[tuple]:
+        """Yields the path of each value inside a node: keys and indices from the root."""
         items = node.items() if isinstance(node, dict) else enumerate(node)
         for key, child in [*items][:40]:
             yield (*path, key)
@@ -110,6 +120,7 @@ def damage_json(value: Any) -> Iterator[Any]:
             node = changed
             for key in path[:-1]:
                 node = node[key]
+            # In an object, None stands for another key.
             if new is None and isinstance(node, dict):
                 node["unknown" if path[-1] in node else ""] = node.pop(path[-1])
             else:
@@ -124,7 +135,9 @@ def _json_bytes(value: Any) -> bytes:
 def structural_cases(path: pathlib.Path, content: bytes) -> Iterator[bytes]:
     """Yields the file with each kind of damage that fits its format."""
     yield from (b"", b"\0", b"\n", b"[]", b"\xef\xbb\xbf" + content, content * 2, content[:-1])
+    # Deep nesting overflows the stack of a recursive parser.
     yield from (b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b"\xff\xfe", b"null", b"&a [*a]")
+    # A file that git-lfs has not downloaded.
     yield b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     if path.suffix == ".jsonl":
         lines = content.splitlines()
@@ -152,6 +165,15 @@ def structural_cases(path: pathlib.Path, content: bytes) -> Iterator[bytes]:
 
 
 # --- readers ---
+# Each function writes intact files to a folder and returns their reader. Packages are imported
+# inside, so that a reader's process imports only what it needs.
+
+
+def _make_record() -> Any:
+    from pemoe_jax.checkpoints.records import Record
+
+    base = {"path": None, "seed": 0, "fingerprint": "", "needed": False}
+    return Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
 
 
 def _read_arrays(arrays: dict) -> list:
@@ -219,11 +241,9 @@ def _checkpoint(folder: pathlib.Path) -> Reader:
     from pemoe_jax.checkpoints import runs
     from pemoe_jax.core import steps
 
-    base = {"path": None, "seed": 0, "fingerprint": "", "needed": False}
-    record = runs.Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
     state = steps.TrainState.create({"a": jnp.arange(6.0), "b": jnp.ones((2, 3))}, optax.adamw(0.1))
     checkpoints = runs.RunCheckpoints(str(folder / "run"))
-    checkpoints.save(state, record, {"examples": [5]})
+    checkpoints.save(state, _make_record(), {"examples": [5]})
     checkpoints.close()
     step = folder / "run" / "checkpoint_0"
     files = [path for path in sorted(step.rglob("*")) if path.is_file()]
@@ -246,12 +266,9 @@ def _adapter_files(folder: pathlib.Path) -> Reader:
     import numpy as np
 
     from pemoe_jax.checkpoints import adapter_file
-    from pemoe_jax.checkpoints.records import Record
 
-    base = {"path": None, "seed": 0, "fingerprint": "", "needed": False}
-    record = Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
     arrays = {"a/kernel": np.arange(12, dtype="f4"), "b/kernel": np.ones((3, 2), "f4")}
-    adapter_file.save_adapter(folder / "adapter", arrays, record, 5)
+    adapter_file.save_adapter(folder / "adapter", arrays, _make_record(), 5)
     files = [folder / "adapter" / name for name in (adapter_file.WEIGHTS, adapter_file.CONFIG)]
 
     def read() -> object:
@@ -265,14 +282,11 @@ def _record(folder: pathlib.Path) -> Reader:
     import dataclasses
 
     from pemoe_jax.checkpoints import runs
-    from pemoe_jax.checkpoints.records import Record
 
     step = folder / "run" / "checkpoint_3"
-    base = {"path": None, "seed": 0, "fingerprint": "", "needed": False}
-    record = Record("mov", [".*"], {"emb_dim": 8}, {}, base, {"trainable": 1}, {})
     files = [step / "record" / "metadata", step / "feed" / "metadata"]
     for file, content in zip(
-        files, (dataclasses.asdict(record), {"examples": [5, 6]}), strict=True
+        files, (dataclasses.asdict(_make_record()), {"examples": [5, 6]}), strict=True
     ):
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(content))
@@ -456,7 +470,7 @@ READERS: dict[str, Callable[[pathlib.Path], Reader]] = {
 
 
 class _TooLong(BaseException):
-    pass
+    """A reader took too long. Not an Exception, so that no reader catches it."""
 
 
 def _raise_too_long(*_: object) -> None:
@@ -464,9 +478,19 @@ def _raise_too_long(*_: object) -> None:
 
 
 def run_reader(name: str, num_cases: int, seed: int = 0) -> dict[str, Any]:
-    """Reads damaged files in this process; returns outcome -> count, cases, checksum and errors.
+    """Reads damaged files in this process.
 
-    At most half of `num_cases`, drawn at random, are `structural_cases`, the others random bytes.
+    At most half of the cases, drawn at random, are `structural_cases`; the others are files with
+    randomly damaged bytes.
+
+    Args:
+      name: the reader, a key of `READERS`.
+      num_cases: number of damaged files.
+      seed: seed of the damage.
+
+    Returns:
+      The number of cases with each outcome, 'cases', 'checksum', and 'errors', a line for each kind
+      of traceback.
     """
     from pemoe_jax.core.errors import InputError
 
@@ -499,6 +523,7 @@ def run_reader(name: str, num_cases: int, seed: int = 0) -> dict[str, Any]:
                 outcome = "hang"
             except Exception as error:
                 outcome = "traceback"
+                # Reported once for each type and line of the code that raised it.
                 frame = error.__traceback__
                 while frame is not None and frame.tb_next is not None:
                     frame = frame.tb_next
@@ -509,6 +534,7 @@ def run_reader(name: str, num_cases: int, seed: int = 0) -> dict[str, Any]:
                 signal.alarm(0)
                 signal.setitimer(signal.ITIMER_PROF, 0)
             counts[outcome] += 1
+            # Readers of .jsonl may have rewritten the file, as `truncate_metrics` does.
             for file, content in good.items():
                 if file == path or file.suffix == ".jsonl":
                     file.write_bytes(content)
@@ -519,7 +545,7 @@ def run_reader(name: str, num_cases: int, seed: int = 0) -> dict[str, Any]:
 
 
 def run_all(num_cases: int, names: list[str], seed: int) -> dict[str, dict[str, Any]]:
-    """Runs each reader in a process; one that dies or hangs counts as a hang of all its cases."""
+    """Runs each reader in a process; if the process dies or hangs, all its cases count as hangs."""
     results = {}
     for name in names:
         flags = [f"--cases={num_cases}", f"--seed={seed}", f"--reader={name}"]
@@ -538,7 +564,7 @@ def run_all(num_cases: int, names: list[str], seed: int) -> dict[str, dict[str, 
 
 
 def is_bad(result: dict[str, Any]) -> bool:
-    """Whether a reader failed, or returned other values although the format has a checksum."""
+    """Returns whether a reader failed, or read other values although its format has a checksum."""
     return bool(result["traceback"] or result["hang"] or (result["checksum"] and result["changed"]))
 
 

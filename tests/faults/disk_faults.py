@@ -2,8 +2,9 @@
 
     python tests/faults/disk_faults.py [--writes 100] [--growth 1.4] [--record]
 
-Each command must end with exit code 1 and one line; a save that failed names the checkpoint to
-resume from. The same command, with space, ends with the numbers of an uninterrupted run.
+Each command must end with exit code 1 and one line. If a checkpoint could not be saved, the line
+names the one to resume from. The same command, on a disk with space, must end with the numbers of
+an uninterrupted run.
 """
 
 import argparse
@@ -58,11 +59,16 @@ def disk(folder: pathlib.Path) -> Iterator[Callable[[str], None] | None]:
 
 
 def check(ended: tiny_runs.Ended, what: str, run: pathlib.Path | None = None) -> str:
-    """Returns the line of error of a command that failed.
+    """Returns the error line of a command that must have failed in one line.
+
+    Args:
+      ended: how the command ended.
+      what: the fault, for errors.
+      run: the run's folder, to check what the command left there.
 
     Raises:
-      RuntimeError: it ended in another way; a line about a save does not name the checkpoint to
-        resume from; or an unfinished file was left.
+      RuntimeError: the command ended in another way; its line about a failed save does not name
+        the checkpoint to resume from; or it left an unfinished file.
     """
     if ended.outcome != "clear":
         raise RuntimeError(f"{what}: {ended.outcome}: {ended.output}")
@@ -70,7 +76,9 @@ def check(ended: tiny_runs.Ended, what: str, run: pathlib.Path | None = None) ->
     if run is not None and run.is_dir():
         names = [path.name for path in run.iterdir()]
         left = [name for name in names if re.search(r"tmp|deleted|^\.(?!lock)|\.part$", name)]
-        steps = sorted(int(name[11:]) for name in names if re.fullmatch(r"checkpoint_\d+", name))
+        matches = [re.fullmatch(r"checkpoint_(\d+)", name) for name in names]
+        steps = sorted(int(match[1]) for match in matches if match)
+        # A checkpoint that the line names as not saved does not count, even if its folder exists.
         saved = [step for step in steps if f"checkpoint_{step} could not be saved" not in line]
         advice = f"resume from checkpoint_{saved[-1]}" if saved else "there is no checkpoint yet"
         if left or ("could not be saved" in line and not line.endswith(advice)):
@@ -85,7 +93,15 @@ def fail_at(
     number: int,
     code: int,
 ) -> tiny_runs.Ended:
-    """Runs a command; from the event of this number on, each write to the folder fails."""
+    """Runs a command in which each write to a folder fails, from the event `number` on.
+
+    Args:
+      command: returns the exit code.
+      flags: flags of the command.
+      folder: the folder.
+      number: number of the event, as `tiny_runs.watch` counts them.
+      code: the error of the system, such as `errno.ENOSPC`.
+    """
 
     def on_event(count: int, event: str, path: str) -> None:
         if count >= number and event in ("open", "os.mkdir"):
@@ -101,7 +117,11 @@ def fail_at(
 def list_events(
     command: Callable[[Sequence[str]], int], flags: Sequence[str], folder: pathlib.Path
 ) -> list[int]:
-    """Runs a command; returns the number of the first write of each kind of file."""
+    """Runs a command; returns the number of the first write to each kind of file.
+
+    Files are of one kind if their paths differ only in digits.
+    """
+    # Written to a file, because the command runs in another process.
     journal = folder.parent / "events"
 
     def on_event(count: int, event: str, path: str) -> None:
@@ -125,7 +145,11 @@ def list_events(
 
 
 def fill_disk(root: pathlib.Path, whole: pathlib.Path, growth: float) -> int:
-    """Trains on a disk that grows by a factor each time it is full; returns the number of times."""
+    """Trains on a disk that grows by the factor `growth` whenever it is full.
+
+    Returns:
+      How often it was full.
+    """
     folder = root / "disk"
     with disk(folder) as remount:
         if remount is None:
@@ -144,7 +168,11 @@ def fill_disk(root: pathlib.Path, whole: pathlib.Path, growth: float) -> int:
 
 
 def read_only(root: pathlib.Path, whole: pathlib.Path) -> int:
-    """Trains and evaluates in a read-only folder; returns the number of commands."""
+    """Trains and evaluates in a read-only folder; returns the number of commands, 0 if it cannot.
+
+    The folder is on a disk that is mounted read-only. Without the permission to mount one, its
+    permissions are removed.
+    """
     folder = root / "read_only"
     with disk(folder) as remount:
         if remount is not None:
@@ -156,7 +184,7 @@ def read_only(root: pathlib.Path, whole: pathlib.Path) -> int:
         scored = tiny_runs.evaluate_flags(root, whole, folder / "scores")
         if remount is not None:
             remount("ro")
-        elif os.geteuid():
+        elif os.geteuid():  # the superuser may write in spite of permissions
             for path in (folder, *folder.rglob("*")):
                 path.chmod(path.stat().st_mode & ~0o222)
         else:
@@ -170,12 +198,16 @@ def read_only(root: pathlib.Path, whole: pathlib.Path) -> int:
 
 
 def locked(root: pathlib.Path, whole: pathlib.Path) -> int:
-    """Trains and evaluates in a folder that another process has locked."""
+    """Trains and evaluates in a locked folder, as if another command wrote to it.
+
+    Returns:
+      The number of commands.
+    """
     from pemoe_jax.runtime import folder_lock
 
     folder = root / "locked"
     folder.mkdir()
-    folder_lock.TIMEOUT = 0.0
+    folder_lock.TIMEOUT = 0.0  # a command would wait for the lock
     with (folder / ".lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         for command, flags in (
@@ -188,12 +220,12 @@ def locked(root: pathlib.Path, whole: pathlib.Path) -> int:
 
 
 def run_all(root: pathlib.Path, num_writes: int, growth: float) -> dict[str, int]:
-    """Returns the number of commands that failed as they must, by fault.
+    """Runs all faults; returns the number of commands that failed as they must, by fault.
 
     Args:
       root: folder for all files.
-      num_writes: most writes of each command that fail, in one run each.
-      growth: of the disk that fills, after each run.
+      num_writes: number of failing writes to try for each command, each in a run of its own.
+      growth: factor by which the disk that fills grows after each failure.
     """
     rng = random.Random(0)
 
@@ -212,6 +244,7 @@ def run_all(root: pathlib.Path, num_writes: int, growth: float) -> dict[str, int
         ended = fail_at(kills.train, flags, run, number, errno.ENOSPC)
         print(f"write {number}:", check(ended, f"write {number}", run), flush=True)
         counts["a write fails"] += 1
+        # At the end, the run continues without a fault.
         if number == numbers[-1]:
             tiny_runs.run(lambda: kills.train(flags), root / "log")
             kills.check_same_end(whole, run)
@@ -229,8 +262,8 @@ def run_all(root: pathlib.Path, num_writes: int, growth: float) -> dict[str, int
 def main() -> int:
     """Runs the command; an exception shows a command that did not end as it must."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--writes", type=int, default=100, help="most failing writes a command")
-    parser.add_argument("--growth", type=float, default=1.4, help="of the disk after each failure")
+    parser.add_argument("--writes", type=int, default=100, help="failing writes per command")
+    parser.add_argument("--growth", type=float, default=1.4, help="of the disk, per failure")
     parser.add_argument("--record", action="store_true", help="into docs/reliability.json")
     args = parser.parse_args()
     root = pathlib.Path(tempfile.mkdtemp(prefix="pemoe_jax-disk-"))

@@ -3,7 +3,8 @@
     python tests/faults/kills.py [--each 6] [--methods mov lora …] [--record]
 
 SIGKILL comes at a random moment, or right before a file in MODEL_DIR is written, renamed or
-deleted. The same command resumes the run. Of two processes, one is killed, or suspended for 30 s.
+deleted. Then the same command resumes the run. In runs of two processes, one process is killed, or
+suspended for 30 s.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import summary
 import tiny_runs
 
 SUSPENDED_SECONDS = 30
-_MARGIN = 3  # a run that ends before its kill is compared, and begun again
+# Attempts per kill. A run may end before it is killed: it is compared, deleted and begun again.
+_MARGIN = 3
 
 
 def train(flags: Sequence[str]) -> int:
@@ -35,7 +37,11 @@ def train(flags: Sequence[str]) -> int:
 
 
 def read_end(run: pathlib.Path) -> dict[str, Any]:
-    """Returns what must not depend on interruptions: arrays, position, metrics, names of files."""
+    """Returns the parts of a run that must not depend on interruptions.
+
+    They are the arrays of the last checkpoint, the position in the data, the losses, and the names
+    of the files.
+    """
     from etils import epath
 
     from pemoe_jax.checkpoints import runs, tensorstore_file
@@ -57,8 +63,8 @@ def read_end(run: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def differences(whole: pathlib.Path, run: pathlib.Path) -> list[str]:
-    """Returns the names in `read_end` that differ between two runs."""
+def find_differences(whole: pathlib.Path, run: pathlib.Path) -> list[str]:
+    """Returns a line for each part (see `read_end`) that differs between two runs."""
     expected, actual = read_end(whole), read_end(run)
     return [
         f"{name}: {expected.get(name)!r:.300} and {actual.get(name)!r:.300}"
@@ -68,20 +74,21 @@ def differences(whole: pathlib.Path, run: pathlib.Path) -> list[str]:
 
 
 def check_same_end(whole: pathlib.Path, run: pathlib.Path) -> None:
-    """Raises RuntimeError, with what differs, unless two runs have the same end."""
+    """Raises RuntimeError, with the differences, unless two runs have the same end."""
 
     def compare() -> int:
-        names = differences(whole, run)
+        names = find_differences(whole, run)
         print("\n".join(names))
         return len(names) > 0
 
+    # In a fork, because reading arrays starts JAX's threads, which would not survive later forks.
     ended = tiny_runs.run(compare, run.parent / "comparison")
     if ended.code:
         raise RuntimeError(f"{run} does not end as {whole}:\n{ended.output}")
 
 
 def kill_at_file_event(flags: Sequence[str], run: pathlib.Path, number: int) -> tiny_runs.Ended:
-    """Trains, and kills the process right before the event of this number."""
+    """Trains, and kills the process right before a file event, see `tiny_runs.watch`."""
 
     def on_event(count: int, event: str, path: str) -> None:
         if count == number:
@@ -96,7 +103,8 @@ def kill_at_file_event(flags: Sequence[str], run: pathlib.Path, number: int) -> 
 
 
 def kill_after(flags: Sequence[str], run: pathlib.Path, cpu_seconds: float) -> tiny_runs.Ended:
-    """Trains, and kills the process when it has used this much CPU time."""
+    """Trains, and kills the process when it has used `cpu_seconds`."""
+    # CPU time depends less on other load of the machine than the clock.
     fork = tiny_runs.Fork(lambda: train(flags), run.parent / "log")
     deadline = time.monotonic() + tiny_runs.SECONDS
     while fork.cpu_seconds() < cpu_seconds and time.monotonic() < deadline:
@@ -106,7 +114,7 @@ def kill_after(flags: Sequence[str], run: pathlib.Path, cpu_seconds: float) -> t
 
 
 def count_events(flags: Sequence[str], run: pathlib.Path) -> tuple[int, float]:
-    """Trains without interruption -> (number of file events, CPU seconds)."""
+    """Trains without interruption; returns the number of file events and the CPU seconds."""
     counter = run.parent / "events"
 
     def work() -> int:
@@ -122,20 +130,26 @@ def count_events(flags: Sequence[str], run: pathlib.Path) -> tuple[int, float]:
 def run_method(root: pathlib.Path, method: str, num_kills: int) -> dict[str, int]:
     """Kills trainings of a method; returns the number of kills of each kind.
 
+    Args:
+      root: folder for all files.
+      method: name of the method's gin file.
+      num_kills: number of kills, half of them at random moments and half before file events.
+
     Raises:
-      RuntimeError: a run printed a traceback or hung, or had another end.
+      RuntimeError: a run printed a traceback, hung, or ended with other numbers.
     """
     rng = random.Random(f"0 {method}")
     whole, run = root / method / "whole" / "run", root / method / "killed" / "run"
     num_events, seconds = count_events(tiny_runs.train_flags(root, method, whole), whole)
     flags = tiny_runs.train_flags(root, method, run)
     kills = {"random moment": 0, "file event": 0}
-    wanted = {"random moment": num_kills // 2, "file event": num_kills - num_kills // 2}
+    num_wanted = {"random moment": num_kills // 2, "file event": num_kills - num_kills // 2}
     for attempt in range(_MARGIN * num_kills):
-        missing = [kind for kind in kills if kills[kind] < wanted[kind]]
+        missing = [kind for kind in kills if kills[kind] < num_wanted[kind]]
         if not missing:
             break
         kind = missing[attempt % len(missing)]
+        # Late moments are left out: a resumed run has less to do, and would often end before them.
         if kind == "random moment":
             ended = kill_after(flags, run, rng.uniform(0.3, 0.9) * seconds)
         else:
@@ -147,6 +161,7 @@ def run_method(root: pathlib.Path, method: str, num_kills: int) -> dict[str, int
                 f"{method}, {kind}, after {ended.cpu_seconds:.1f} s of CPU:", last_line, flush=True
             )
         elif ended.outcome == "finished":
+            # Resumed runs find their programs in the cache, and take less time than the first run.
             seconds = min(seconds, ended.cpu_seconds)
             check_same_end(whole, run)
             shutil.rmtree(run)
@@ -164,6 +179,7 @@ def run_method(root: pathlib.Path, method: str, num_kills: int) -> dict[str, int
 
 def start_two(flags: Sequence[str], folder: pathlib.Path) -> list[tiny_runs.Fork]:
     """Starts a training of two processes."""
+    # The system chooses a free port.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -186,10 +202,13 @@ def wait_for_checkpoint(run: pathlib.Path, step: int) -> None:
 
 
 def run_two(root: pathlib.Path, method: str = "mov") -> dict[str, Any]:
-    """Kills, and suspends, one of two processes; returns what happened to the other.
+    """Kills one of two processes, and in another run suspends it.
+
+    Returns:
+      For each run, the exit codes of both processes, and the seconds until both had ended.
 
     Raises:
-      RuntimeError: a process hung or printed a traceback, or the end is another.
+      RuntimeError: a process hung or printed a traceback, or the run ended with other numbers.
     """
     steps = {"TRAIN_STEPS": 24, "PACK": False, "CHECKPOINT_PERIOD": 4, "KEEP_CHECKPOINTS": 20}
 
@@ -208,16 +227,16 @@ def run_two(root: pathlib.Path, method: str = "mov") -> dict[str, Any]:
         run = root / "two" / name / "run"
         both = start_two(flags(run), run.parent)
         wait_for_checkpoint(run, 8)
-        for number in signals:
-            os.kill(both[1].pid, getattr(signal, number))
-            if number == "SIGSTOP":
+        for signal_name in signals:
+            os.kill(both[1].pid, getattr(signal, signal_name))
+            if signal_name == "SIGSTOP":
                 time.sleep(SUSPENDED_SECONDS)
         start = time.monotonic()
         first, second = (fork.wait() for fork in both)
         results[name] = {"codes": [first.code, second.code]}
         print("two processes,", name, results[name], first.output[-600:], flush=True)
         results[name]["seconds"] = round(time.monotonic() - start)
-        # JAX aborts the process that has lost the other, after the line of the watchdog.
+        # JAX aborts a process that has lost the other one. Before that, our watchdog prints a line.
         ends_in_line = "error: this process was killed, or another process" in first.output
         if not (first.code == 0 or ends_in_line or first.outcome == "clear"):
             raise RuntimeError(f"two processes, {name}: {first.output}")

@@ -2,8 +2,8 @@
 
     python tests/faults/odd_settings.py [--cases 2000] [--seed 0] [--record]
 
-Each must be refused in one line, or configure the command: it is stopped before it would read or
-draw a model. The values are drawn with the seed.
+A command must refuse its settings in one line, or accept them: then it is stopped right before it
+would read or draw a model. The values are drawn with the seed.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import summary
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+# Python literals of all types, malformed ones, gin's references, paths, and values of other macros.
 VALUES = (
     *("None", "True", "False", "-1", "0", "1", "2", "3", "1.5", "-0.5", "nan", "inf", "-inf"),
     *("1e400", "1e-320", "9" * 5000, "2147483647", "2147483648", "18446744073709551616", "0x10"),
@@ -46,6 +47,7 @@ VALUES = (
     *("'AVERAGE_PER_SEQUENCE'", "dots", "full", "jsonl_train", "no_such_task", "mmlu", "os", "sys"),
 )
 
+# Command -> its gin files.
 COMMANDS = {
     "train": ("models/t5_1_1_tiny.gin", "methods/{method}.gin", "runs/finetune.gin"),
     "evaluate": ("runs/evaluate.gin",),
@@ -55,10 +57,13 @@ METHODS = ("ia3", "lora", "mov", "molora", "full", "flan_switch", "flan_ec")
 
 
 class Configured(BaseException):
-    """The settings were accepted."""
+    """Raised where a command would read or draw a model: its settings were accepted.
+
+    Not an Exception, so that no command catches it.
+    """
 
 
-def required(folder: pathlib.Path, command: str) -> list[str]:
+def required_flags(folder: pathlib.Path, command: str) -> list[str]:
     """Returns the flags without which a command does not start."""
     flags = [f"--gin.JSONL_DIR={folder / 'tasks'}", f"--gin.VOCAB_PATH={folder / 'vocab.model'}"]
     flags.append("--gin.TASK_FEATURE_LENGTHS={'inputs': 32, 'targets': 8}")
@@ -69,33 +74,33 @@ def required(folder: pathlib.Path, command: str) -> list[str]:
     return [*flags, f"--gin.CHECKPOINT_PATH={folder / 'base.safetensors'}"]
 
 
-def settings_of(command: str, method: str) -> list[str]:
-    """Returns the macros, and the bindings of parameters, in a command's gin files."""
+def list_settings(command: str, method: str) -> list[str]:
+    """Returns the names of macros and of bound parameters in a command's gin files."""
     from pemoe_jax.runtime import gin_flags
 
     texts, names = [], [name.format(method=method) for name in COMMANDS[command]]
     while names:
         texts.append((gin_flags.GIN_DIR / names.pop()).read_text())
         names += re.findall(r"^include '(.+)'", texts[-1], re.MULTILINE)
-    found: dict[str, None] = {}
+    settings: dict[str, None] = {}  # a dict, to keep the order and each name once
     for text in texts:
-        found |= dict.fromkeys(re.findall(r"^([A-Z]\w+) =", text, re.MULTILINE))
+        settings |= dict.fromkeys(re.findall(r"^([A-Z]\w+) =", text, re.MULTILINE))
         for block, lines in re.findall(r"^([\w.]+):\n((?:  .+\n)+)", text, re.MULTILINE):
-            found |= {f"{block}.{name}": None for name in re.findall(r"^  (\w+) =", lines, re.M)}
-    return [*found]
+            settings |= {f"{block}.{name}": None for name in re.findall(r"^  (\w+) =", lines, re.M)}
+    return [*settings]
 
 
 def draw_cases(
     num_cases: int, folder: pathlib.Path, rng: random.Random
 ) -> Iterator[tuple[str, list[str]]]:
-    """Yields (command, flags); of six cases, one has a damaged gin file."""
+    """Yields (command, flags). Every sixth case has a damaged gin file, the others odd values."""
     from pemoe_jax.runtime import gin_flags
 
     for number in range(num_cases):
         command = rng.choice(("train", "train", "train", "evaluate", "infer"))
         method = rng.choice(METHODS)
         files = [name.format(method=method) for name in COMMANDS[command]]
-        flags = required(folder, command)
+        flags = required_flags(folder, command)
         if number % 6 == 5:
             place = rng.randrange(len(files))
             content = (gin_flags.GIN_DIR / files[place]).read_bytes()
@@ -103,10 +108,10 @@ def draw_cases(
             path.write_bytes(damaged_files.damage_bytes(content, rng))
             files[place] = str(path)
         else:
-            names = settings_of(command, method)
+            names = list_settings(command, method)
             for _ in range(rng.choice((1, 1, 1, 2))):
                 name = rng.choice(names)
-                if rng.random() < 0.05:
+                if rng.random() < 0.05:  # a misspelled name
                     at = rng.randrange(len(name))
                     name = name[:at] + rng.choice(("", "x", ".", "/", "=", " ", "%")) + name[at:]
                 flags.append(f"--gin.{name}={rng.choice(VALUES)}")
@@ -114,7 +119,7 @@ def draw_cases(
 
 
 @contextlib.contextmanager
-def stopped_before_models() -> Iterator[None]:
+def stop_before_models() -> Iterator[None]:
     """Makes the commands raise `Configured` where they would read or draw a model."""
     from pemoe_jax.checkpoints import models, new_run
 
@@ -126,7 +131,7 @@ def stopped_before_models() -> Iterator[None]:
 
 
 def run_case(command: str, flags: list[str]) -> tuple[str, str]:
-    """Runs a command in this process -> ('clear', 'accepted' or 'traceback', its message)."""
+    """Runs a command in this process; returns its outcome, as counted by `run`, and its message."""
     import importlib
 
     from pemoe_jax.runtime import folder_lock
@@ -139,7 +144,7 @@ def run_case(command: str, flags: list[str]) -> tuple[str, str]:
     except Configured:
         return "accepted", ""
     except BaseException as error:
-        if isinstance(error, SystemExit):  # argparse's own errors, of two lines
+        if isinstance(error, SystemExit):  # argparse prints its own errors, of two lines
             return ("clear" if error.code == 2 else "traceback"), errors.getvalue()
         last = traceback.extract_tb(error.__traceback__)[-1]
         return (
@@ -160,7 +165,7 @@ def run(num_cases: int, seed: int = 0) -> dict[str, Any]:
 
     counts = dict.fromkeys(("clear", "accepted", "traceback"), 0)
     errors: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as name, stopped_before_models():
+    with tempfile.TemporaryDirectory() as name, stop_before_models():
         folder = pathlib.Path(name)
         jsonl_folder.write_folder(folder / "tasks")
         jsonl_folder.write_vocabulary(folder / "vocab.model")
@@ -171,7 +176,7 @@ def run(num_cases: int, seed: int = 0) -> dict[str, Any]:
                 outcome, message = run_case(command, flags)
                 counts[outcome] += 1
                 if outcome == "traceback":
-                    odd = [flag for flag in flags if flag not in required(folder, command)]
+                    odd = [flag for flag in flags if flag not in required_flags(folder, command)]
                     errors.setdefault(message[:60], f"{command} {' '.join(odd)}: {message}"[:2000])
     return {"cases": num_cases, **counts, "errors": [*errors.values()]}
 

@@ -4,10 +4,10 @@
 
 Writes soak.json and soak.png: memory and open files after each cycle.
 
-JAX's caches are left as they are, as in a user's process: `jax.clear_caches()` would hide programs
-that the package compiles anew in each cycle. JAX 0.10 keeps the newest 2,048 traces of
-`jnp.einsum`, of which a cycle adds 19; so the first 110 cycles or so are the warm-up of an hour.
-Shorter runs may exceed the bar.
+JAX's caches are not cleared, as in a user's process: `jax.clear_caches()` would hide programs that
+the package compiles anew in each cycle. JAX 0.10 keeps the newest 2,048 traces of `jnp.einsum`, and
+a cycle adds 19, so memory grows in the first 110 cycles or so. Of a run of an hour these are the
+warm-up, which is not counted. Shorter runs may exceed the limit of growth.
 """
 
 import argparse
@@ -25,9 +25,9 @@ import summary
 import tiny_runs
 
 COLUMNS = ("minutes", "memory in MiB", "open files", "threads")
-_WARM_UP = 0.3  # of the cycles: caches fill
-_MAX_MEMORY = 6000  # MiB: a process that grows must not take the memory of others
-_MAX_GROWTH = (0.5, 0.05)  # MiB and files, for each cycle
+_WARM_UP = 0.3  # share of the cycles in which caches fill
+_MAX_MEMORY = 6000  # MiB; a process that grows must not take the memory of others
+_MAX_GROWTH = (0.5, 0.05)  # MiB and open files per cycle
 
 
 def measure(start: float) -> tuple[float, ...]:
@@ -51,8 +51,8 @@ def run_cycle(root: pathlib.Path, steps: int) -> None:
         raise RuntimeError(output.getvalue())
 
 
-def growth(rows: list[tuple[float, ...]], column: int) -> float:
-    """Returns the slope by least squares of a column over the cycles after the warm-up."""
+def compute_growth(rows: list[tuple[float, ...]], column: int) -> float:
+    """Returns a column's growth per cycle after the warm-up, by a least-squares line."""
     import numpy as np
 
     values = [row[column] for row in rows[int(_WARM_UP * len(rows)) :]]
@@ -60,7 +60,7 @@ def growth(rows: list[tuple[float, ...]], column: int) -> float:
 
 
 def draw(rows: list[tuple[float, ...]], path: pathlib.Path) -> None:
-    """Draws each column over the minutes."""
+    """Plots each column over the minutes."""
     from pemoe_jax.analysis import plots
 
     figure = plots.import_pyplot().figure(figsize=(7, 5), layout="constrained")
@@ -92,7 +92,7 @@ def main() -> int:
         run_cycle(root, steps=4 * len(rows) + 4)
         rows.append(measure(start))
         print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
-    slopes = [growth(rows, 1), growth(rows, 2)]
+    slopes = [compute_growth(rows, 1), compute_growth(rows, 2)]
     result = {"cycles": len(rows), "minutes": round(rows[-1][0], 1)}
     result |= {"MiB per cycle": round(slopes[0], 3), "files per cycle": round(slopes[1], 3)}
     for name, column in (("MiB", 1), ("files", 2)):

@@ -1,6 +1,6 @@
-"""Writes the results of `make faults` to docs/reliability.json and the tables of the page.
+"""Writes the results of `make faults` to docs/reliability.json, and its tables to reliability.md.
 
-python tests/faults/summary.py        renders the page from the results that stand there
+python tests/faults/summary.py        renders the page from the recorded results
 """
 
 import datetime
@@ -17,7 +17,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 
 def record(part: str, result: Mapping[str, Any]) -> None:
-    """Replaces one part of the results, and renders the page."""
+    """Replaces one part of the recorded results, a key of `_PARTS`, and renders the page."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[part] = {"date": datetime.date.today().isoformat(), **result}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
@@ -95,6 +95,7 @@ def _soak(result: Mapping[str, Any]) -> Iterator[str]:
     yield f"were open ({result['files per cycle']:+.3f} for each cycle)."
 
 
+# Part of the results, which is also its mark in the page -> function that yields its lines.
 _PARTS = {
     "damaged files": _damaged_files,
     "settings": _odd_settings,

@@ -1,6 +1,6 @@
-"""Commands on tiny models in forks of one process: the libraries are imported once.
+"""Runs commands on tiny models in forks of one process, so that libraries are imported once.
 
-The process itself must start no device and no thread pool, which do not survive a fork.
+The process itself must start no device and no thread pool, because these do not survive a fork.
 """
 
 import atexit
@@ -17,15 +17,16 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 METHODS = ("ia3", "lora", "mov", "molora", "full", "flan_switch")
-SECONDS = 900  # for a command of a few seconds; the machine may be busy
+SECONDS = 900  # for a command, which takes a few seconds; the machine may be busy
 _SIZES = {"emb_dim": 16, "num_heads": 2, "head_dim": 6, "mlp_dim": 20, "vocab_size": 256}
 _SIZES |= {"num_encoder_layers": 1, "num_decoder_layers": 1}
 
 
 def prepare(root: pathlib.Path) -> None:
-    """Writes tasks and a vocabulary, and imports what the commands need."""
+    """Writes tasks and a vocabulary, and imports the modules that the commands need."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(root / "compiled")}
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    # Compiling dominates such short runs.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     warnings.filterwarnings("ignore", message=".*fork")
     import jsonl_folder
@@ -39,12 +40,11 @@ def prepare(root: pathlib.Path) -> None:
 
     seqio_import.import_seqio()
     from pemoe_jax import evaluate, train  # noqa: F401
-    from pemoe_jax.analysis import evaluation, plots
+    from pemoe_jax.analysis import evaluation, plots  # noqa: F401
     from pemoe_jax.checkpoints import new_run, runs  # noqa: F401
     from pemoe_jax.data import feed, prefetch  # noqa: F401
     from pemoe_jax.runtime import train_loop  # noqa: F401
 
-    del evaluation
     plots.import_pyplot()
 
 
@@ -59,7 +59,14 @@ def data_flags(root: pathlib.Path) -> list[str]:
 def train_flags(
     root: pathlib.Path, method: str, model_dir: pathlib.Path, **macros: object
 ) -> list[str]:
-    """Returns the flags of a training of eight steps, with a checkpoint after each second."""
+    """Returns the flags of a training of eight steps, with a checkpoint every two steps.
+
+    Args:
+      root: folder with the tasks and the vocabulary.
+      method: name of the method's gin file.
+      model_dir: folder of the run.
+      macros: other settings, which replace the defaults.
+    """
     settings: dict[str, object] = {
         **{"INITIAL_CHECKPOINT_PATH": None, "TRAIN_STEPS": 8, "CHECKPOINT_PERIOD": 2},
         **{"LOG_PERIOD": 1, "LEARNING_RATE": 0.02, "KEEP_CHECKPOINTS": 2, "DROPOUT_RATE": 0.1},
@@ -88,7 +95,7 @@ class Ended(NamedTuple):
     """How a process ended.
 
     Attributes:
-      code: exit code; minus the signal's number if a signal ended it; None: it took too long.
+      code: exit code; the negative number of the signal if one ended it; None: it took too long.
       output: what it printed.
       cpu_seconds: user and system time.
     """
@@ -112,7 +119,7 @@ class Ended(NamedTuple):
 
 
 class Fork:
-    """A process that runs `work` and exits with its result.
+    """A forked process that runs `work` and exits with its result.
 
     Args:
       work: returns the exit code.
@@ -134,7 +141,7 @@ class Fork:
             os._exit(self._run(work, variables or {}))
 
     def _run(self, work: Callable[[], int], variables: Mapping[str, str]) -> int:
-        code = 99
+        code = 99  # if `work` raises
         try:
             descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(descriptor, 1)
@@ -145,7 +152,8 @@ class Fork:
             import traceback
 
             traceback.print_exc()
-        atexit._run_exitfuncs()  # such as JAX's, which takes leave of the other processes
+        # `os._exit` skips exit functions, such as the one by which JAX leaves the other processes.
+        atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         return code
@@ -186,8 +194,9 @@ _EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmt
 def watch(folder: pathlib.Path, on_event: Callable[[int, str, str], object]) -> None:
     """Calls `on_event(number, event, path)` before each write to a folder in this process.
 
-    Events are the opening of a file for writing, and renaming and deleting; `on_event` may raise.
-    What C++ writes, such as the arrays of a checkpoint, is not seen.
+    Events are Python's audit events of `_EVENTS`: a file is opened for writing, renamed or deleted,
+    or a folder is made. They are counted from 1. `on_event` may raise, and then the write fails.
+    Files that C++ writes, such as the arrays of a checkpoint, have no events.
     """
     count = 0
 
