@@ -102,6 +102,7 @@ def compare_rank(args: argparse.Namespace, folder: pathlib.Path) -> dict:
     texts = [make_text(LENGTHS[0]) for _ in range(args.inputs)]
     choices = [[make_text(LENGTHS[1]) for _ in range(args.choices)] for _ in texts]
 
+    # The peer's batch: ids with EOS, padded to one length.
     def encode(text: str, length: int) -> np.ndarray:
         ids = [*vocabulary.encode(text), 1]
         return np.pad(np.array(ids, np.int32), (0, length - len(ids)))

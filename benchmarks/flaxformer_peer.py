@@ -47,8 +47,8 @@ def make_network(spec: Mapping[str, Any]) -> Any:
         "MOE_TRUNCATED_DTYPE": "'float32'",
         "DROPOUT_RATE": 0.0,
     }
-    # Not a macro of the file, so it is bound directly.
     bindings = [f"{name} = {value}" for name, value in macros.items()]
+    # Not a macro of the file, so it is bound directly.
     bindings.append(f"embedding.Embed.one_hot = {spec['one_hot']}")
     gin.parse_config_files_and_bindings(
         ["flaxformer/t5x/configs/moe/models/switch_base.gin"], bindings, finalize_config=False

@@ -53,6 +53,7 @@ def main() -> None:
 
     rows = []
     for pair in ("dense",) if args.gpu else args.pairs:
+        # Our side of the pairs with other libraries; the others replace it.
         sides = [ours("Switch-8", spec)]
         if pair == "hf":
             common.check_peer(args.torch, "torch")

@@ -30,7 +30,7 @@ def first_step(folder: pathlib.Path, size: str) -> tuple[float, resource.struct_
         "TRAIN_STEPS": 1,
         "BATCH_SIZE": 8,
         "TASK_FEATURE_LENGTHS": {"inputs": 64, "targets": 16},
-        "VOCAB_SIZE": 640,
+        "VOCAB_SIZE": 640,  # at least as many as the quickstart's vocabulary has ids
     }
     files = [f"models/t5_1_1_{size}", "methods/mov", "runs/finetune", "runs/quickstart_data"]
     arguments = ["-m", "pemoe_jax.train", *(f"--gin_file={name}.gin" for name in files)]

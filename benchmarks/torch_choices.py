@@ -70,6 +70,7 @@ def main() -> None:
     """Runs the worker."""
     worker = workers.Worker()
     spec = worker.spec
+    # Libraries are imported before the memory is measured, so that `before` includes them.
     import torch
     import transformers  # noqa: F401
 

@@ -56,6 +56,7 @@ def main() -> None:
 
     rows = []
     for name, (method, label, peer_method, peer_label, rank) in COMPARISONS.items():
+        # Both sides are built with the same seed, so that they have the same base.
         mixture = MixtureModel(torch_peer.network(spec), MixtureConfig(method, num_experts=10))
         peer = torch_peer.add_adapters(torch_peer.network(spec), peer_method, rank)
         functions = {label: make_forward(mixture), peer_label: make_forward(peer)}

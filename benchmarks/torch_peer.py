@@ -91,6 +91,7 @@ def main() -> None:
     """Runs the worker."""
     worker = workers.Worker()
     spec = worker.spec
+    # Libraries are imported before the memory is measured, so that `before` includes them.
     import peft  # noqa: F401
     import torch
     import transformers  # noqa: F401

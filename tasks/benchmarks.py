@@ -62,6 +62,7 @@ class Benchmark:
         if not by_member:
             return None
         means = {member: statistics.fmean(values) for member, values in by_member.items()}
+        # Members and areas are listed once each, in published order.
         members = list(dict.fromkeys(self.members.values()))
         areas = {
             area: [member for member in members if self.areas[member] == area]

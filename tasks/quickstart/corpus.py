@@ -301,6 +301,7 @@ def _join_scraps(rng: TextRng, parts: list[str]) -> str:
     elif rng.chance(0.2):
         parts += [_sentence(rng), _sentence(rng)]
     parts = rng.shuffled(parts)
+    # The ending is a sentence or a word (2 of 5 each), or a statement about another text.
     last = rng.randrange(5)
     if last < 2:
         parts.append(_sentence(rng))

@@ -90,6 +90,7 @@ def _feelings(rng: TextRng) -> Row:
 def _places(rng: TextRng) -> Row:
     topic = rng.choice(world.TOPICS)
     place = rng.choice(topic.places)
+    # The wrong options are from other topics, here and below: only the answer fits the text.
     others = [rng.choice(other.places) for other in world.TOPICS if other is not topic]
     fields = {"text": rng.past_sentence(topic, place_prob=0.0), "thing": rng.choice(topic.things)}
     return Row(fields, place, _options(rng, place, others))
@@ -200,6 +201,8 @@ def _entailment(rng: TextRng) -> Row:
 def _errands(rng: TextRng) -> Row:
     name, topic = rng.choice(world.NAMES), rng.choice(world.TOPICS)
     word = capitalized(pronoun(name))
+    # The place and the thing of the correct option are of the same topic; the wrong option is of
+    # another one.
     topics = (topic, rng.other_topic(topic))
     going = [f"went to the {rng.choice(t.places)}." for t in topics]
     wanting = [f"wanted {with_article(rng.choice(t.things))}." for t in topics]
@@ -244,6 +247,7 @@ def _word_senses(rng: TextRng) -> Row:
     )
 
 
+# Name of a dataset in `prompts.json` -> function that draws its rows.
 _DRAW = {
     "town_news": _topics,
     "word_list": _kinds,

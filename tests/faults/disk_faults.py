@@ -43,6 +43,7 @@ def disk(folder: pathlib.Path) -> Iterator[Callable[[str], None] | None]:
     """
     folder.mkdir(parents=True)
 
+    # A tmpfs has any size, and can be mounted again with another one while it is in use.
     def mount(options: str) -> None:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
@@ -137,6 +138,7 @@ def list_events(
     ended = tiny_runs.run(work, folder.parent / "log")
     if ended.outcome != "finished":
         raise RuntimeError(ended.output)
+    # One write of each kind of file is enough: checkpoints, for example, are all written alike.
     first: dict[str, int] = {}
     for line in journal.read_text().splitlines():
         number, _, kind = line.partition(" ")

@@ -78,6 +78,7 @@ def list_settings(command: str, method: str) -> list[str]:
     """Returns the names of macros and of bound parameters in a command's gin files."""
     from pemoe_jax.runtime import gin_flags
 
+    # Files that a file includes are read as well.
     texts, names = [], [name.format(method=method) for name in COMMANDS[command]]
     while names:
         texts.append((gin_flags.GIN_DIR / names.pop()).read_text())
@@ -97,6 +98,7 @@ def draw_cases(
     from pemoe_jax.runtime import gin_flags
 
     for number in range(num_cases):
+        # Training has the most settings, so it is drawn most often.
         command = rng.choice(("train", "train", "train", "evaluate", "infer"))
         method = rng.choice(METHODS)
         files = [name.format(method=method) for name in COMMANDS[command]]
@@ -152,6 +154,7 @@ def run_case(command: str, flags: list[str]) -> tuple[str, str]:
             f"{type(error).__name__}: {error!s:.200} at {last.filename}:{last.lineno}",
         )
     finally:
+        # A command that was stopped still holds its locks, which the next case needs.
         folder_lock.release_all()
     text = errors.getvalue()
     lines = [line for line in text.splitlines() if line.startswith("error: ")]
@@ -169,6 +172,8 @@ def run(num_cases: int, seed: int = 0) -> dict[str, Any]:
         folder = pathlib.Path(name)
         jsonl_folder.write_folder(folder / "tasks")
         jsonl_folder.write_vocabulary(folder / "vocab.model")
+        # An empty file will do, because commands are stopped before they read it. Files that an odd
+        # value names are written to the working directory.
         (folder / "base.safetensors").touch()
         (folder / "work").mkdir()
         with contextlib.chdir(folder / "work"):
@@ -176,6 +181,7 @@ def run(num_cases: int, seed: int = 0) -> dict[str, Any]:
                 outcome, message = run_case(command, flags)
                 counts[outcome] += 1
                 if outcome == "traceback":
+                    # Reported once for messages that begin alike, with the odd flags alone.
                     odd = [flag for flag in flags if flag not in required_flags(folder, command)]
                     errors.setdefault(message[:60], f"{command} {' '.join(odd)}: {message}"[:2000])
     return {"cases": num_cases, **counts, "errors": [*errors.values()]}

@@ -43,6 +43,7 @@ def run_cycle(root: pathlib.Path, steps: int) -> None:
     """Resumes a run until a step, and evaluates it."""
     from pemoe_jax import evaluate, train
 
+    # What the commands print is shown only if one fails.
     run, output = root / "run", io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         codes = [train.main(tiny_runs.train_flags(root, "mov", run, TRAIN_STEPS=steps))]
@@ -89,9 +90,11 @@ def main() -> int:
         if rows and rows[-1][1] > _MAX_MEMORY:
             print(f"stopped: more than {_MAX_MEMORY} MiB")
             break
+        # Each cycle continues the same run by four steps.
         run_cycle(root, steps=4 * len(rows) + 4)
         rows.append(measure(start))
         print(dict(zip(COLUMNS, rows[-1], strict=True)), flush=True)
+    # The number of threads is recorded, but not limited.
     slopes = [compute_growth(rows, 1), compute_growth(rows, 2)]
     result = {"cycles": len(rows), "minutes": round(rows[-1][0], 1)}
     result |= {"MiB per cycle": round(slopes[0], 3), "files per cycle": round(slopes[1], 3)}

@@ -30,6 +30,7 @@ def render(page: str, results: Mapping[str, Any]) -> str:
         if name in results:
             pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
             text = "\n".join(lines(results[name])) + "\n"
+            # A function, because backslashes of a replacement text would be interpreted.
             page, count = re.subn(pattern, lambda m: m[1] + text + m[2], page, flags=re.DOTALL)  # noqa: B023
             if count != 1:
                 raise ValueError(f"{PAGE}: expected one place <!-- {name} -->, got {count}")
@@ -90,7 +91,7 @@ def _disks(result: Mapping[str, Any]) -> Iterator[str]:
 def _soak(result: Mapping[str, Any]) -> Iterator[str]:
     (low, high), (fewest, most) = result["MiB"], result["files"]
     yield f"Run on {result['date']}: {result['cycles']} cycles in {result['minutes']:g} minutes."
-    yield f"After the first third of them, memory was {low:,} to {high:,} MiB"
+    yield f"After the first 30 % of them, memory was {low:,} to {high:,} MiB"
     yield f"({result['MiB per cycle']:+.2f} MiB for each cycle), and {fewest} to {most} files"
     yield f"were open ({result['files per cycle']:+.3f} for each cycle)."
 

@@ -28,6 +28,7 @@ def prepare(root: pathlib.Path) -> None:
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "TF_CPP_MIN_LOG_LEVEL": "3"}
     # Compiling dominates such short runs.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    # JAX warns of every fork. Here they are safe, because this process starts no device.
     warnings.filterwarnings("ignore", message=".*fork")
     import jsonl_folder
 
@@ -137,6 +138,7 @@ class Fork:
         log.parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
         self.pid = os.fork()
+        # The child must not return into the caller, which would continue in both processes.
         if self.pid == 0:
             os._exit(self._run(work, variables or {}))
 
@@ -160,6 +162,8 @@ class Fork:
 
     def cpu_seconds(self) -> float:
         """Returns the CPU time so far; infinity if the process has ended."""
+        # The fields after the command's name, which may have spaces: 0 is the state, 11 and 12 are
+        # the user and system time in ticks.
         stat = pathlib.Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         ticks = int(stat[11]) + int(stat[12])
         return float("inf") if stat[0] == "Z" else ticks / os.sysconf("SC_CLK_TCK")
@@ -169,6 +173,7 @@ class Fork:
         deadline = time.monotonic() + seconds
         is_late = False
         while True:
+            # Unlike `waitpid`, it returns the process's own usage of CPU time.
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 break
@@ -209,4 +214,5 @@ def watch(folder: pathlib.Path, on_event: Callable[[int, str, str], object]) -> 
         count += 1
         on_event(count, event, str(arguments[0]))
 
+    # A hook cannot be removed, so `watch` must be called in a fork.
     sys.addaudithook(hook)
