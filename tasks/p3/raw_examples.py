@@ -30,7 +30,7 @@ class RawDataset:
     """A dataset's examples.
 
     Attributes:
-      folder: where they are.
+      folder: the folder that holds the files, or the cache, for messages.
       splits: the dataset's own name of a split -> its files.
       builder: the builder of tensorflow-datasets that wrote the files; None for other files.
     """

@@ -107,8 +107,8 @@ class TemplateReader(RowReader):
 
     @functools.cached_property
     def _indices(self) -> Sequence[int]:
-        # Only rendering an example shows whether it has a prompt, so all are rendered once. Their
-        # prompts are not kept, and rendered again when they are read.
+        # Only rendering an example shows whether it has a prompt, so all are rendered once. The
+        # prompts are not kept: `read_rows` renders them again.
         indices = array.array("q")
         for start, examples in self._table.chunks(READ_SIZE):
             for index, example in enumerate(examples, start):
@@ -148,7 +148,7 @@ class TemplateReader(RowReader):
         return add_ids(rows, self._tokenizer)
 
     def _render(self, example: Example, index: int) -> Prompt | None:
-        """Returns the example's prompt; None, with the reason recorded, if it is left out."""
+        """Returns the example's prompt; None if it is left out, and records a failure's reason."""
         try:
             prompt = self._template.apply(example, index)
         except UnlabeledError as error:
