@@ -180,12 +180,12 @@ def _probe_run(
     params = opened.load(partitioning.replicated_sharding(mesh))
     num_examples = sum(map(len, groups.values()))
     with contextlib.closing(progress.Progress(f"routing {opened.name}", num_examples)) as bar:
-        examples = measure.measure_examples(
+        example_totals = measure.measure_examples(
             opened.model, params, groups, batch_size, mesh, sites, bar
         )
     example_tasks = measure.example_tasks(groups)
-    totals = measure.sum_by_task(examples, list(groups), example_tasks)
-    # Drops depend on how training packs examples into rows: as the run did, if that is known.
+    totals = measure.sum_by_task(example_totals, list(groups), example_tasks)
+    # Which tokens are dropped depends on the layout of rows: that of the run's training, if known.
     training_rows = dispatch_probe.read_training_rows(
         opened.path, default=dispatch_probe.TrainingRows(lengths)
     )
@@ -213,7 +213,7 @@ def _probe_run(
         ),
         experts_choose=sparse is not None and sparse.routing == "experts",
         rows=str(training_rows),
-        example_probs={site: np.asarray(probs) for site, probs in examples.probs.items()},
+        example_probs={site: np.asarray(probs) for site, probs in example_totals.probs.items()},
         example_tasks=example_tasks,
     )
 

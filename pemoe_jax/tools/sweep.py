@@ -136,9 +136,10 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     """Runs the sweep that the flags describe.
 
     Raises:
-      InputError: a flag or an experiment is wrong, before anything runs; or runs failed, after the
-        others were reported.
+      InputError: a flag or an experiment is wrong, in which case nothing runs; or runs failed, in
+        which case the report has the others.
     """
+    output = Path(args.output)
     trials = sweep_plan.plan_trials(args, bindings)
     trial_runs = [run for by_value in trials.values() for run in by_value.values()]
     claims = _load_claims(args.claims) if args.claims else []
@@ -158,21 +159,21 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed: list[str] = []
     try:
-        lock = folder_lock.hold(Path(args.output), "--output")
+        lock = folder_lock.hold(output, "--output")
         _begin_run_file(args)
         if trials:
             failed = _run_all(trial_runs, lock, args.stop_at_failure, args.jobs)
-            _report(trial_runs, Path(args.output) / sweep_plan.CHOICES)
+            _report(trial_runs, output / sweep_plan.CHOICES)
             if not (failed and args.stop_at_failure):
-                runs = sweep_plan.plan_runs(args, bindings, _choose(trials, Path(args.output)))
+                runs = sweep_plan.plan_runs(args, bindings, _choose(trials, output))
                 for run in runs:
                     _read_state(run)
         if not (failed and args.stop_at_failure):
             failed += _run_all(runs, lock, args.stop_at_failure, args.jobs)
-            _report(runs, Path(args.output), args.with_paper)
-            _report_gains(runs, Path(args.output))
+            _report(runs, output, args.with_paper)
+            _report_gains(runs, output)
             if claims:
-                _report_claims(claims, runs, Path(args.output))
+                _report_claims(claims, runs, output)
     except KeyboardInterrupt:
         print("stopped: run the same command to continue", file=sys.stderr)
         raise
