@@ -76,6 +76,7 @@ class SeekableMixture(SeekableProvider):
       skips_missing_tasks: whether tasks without data are left out; otherwise they are an error.
     """
 
+    # P3's mixtures set it: they name hundreds of tasks, and a folder may have only a few.
     skips_missing_tasks: ClassVar[bool] = False
 
     @abc.abstractmethod

@@ -164,6 +164,7 @@ def open_for_models(
       InputError: a table is set but no router reads it, a router reads embeddings and there are
         none, or a model was trained with another encoder.
     """
+    # Base models and runs without such routers have no encoder to compare.
     trained_with = {
         model.path: model.record.sentence_encoder
         for model in models

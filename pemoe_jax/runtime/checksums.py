@@ -133,6 +133,7 @@ def verify_checksums(folder: AnyPath, part: tuple[int, int] = (0, 1)) -> Sequenc
     names = sorted(files)[part[0] :: part[1]]
     for name in names:
         path = folder / name
+        # The folder may come from anyone: a name must not make this read a file outside of it.
         if isinstance(path, Path) and isinstance(folder, Path):
             is_inside = path.resolve().is_relative_to(folder.resolve())
         else:  # a bucket has no links to resolve

@@ -61,6 +61,7 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
     descriptions: dict[str, str] = {}  # of those that are read
     modules: dict[str, str] = {}  # name in gin -> full name
     selector = ""  # the last 'module.function:', whose parameters the next lines bind
+    # Only the forms of lines that this package's gin files use are recognized.
     for line in (line for text in texts for line in _lines(text)):
         if match := re.match(r"from (\S+) import (\w+)", line):
             modules[match[2]] = f"{match[1]}.{match[2]}"

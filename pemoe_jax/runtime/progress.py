@@ -53,7 +53,7 @@ class MetricWriter:
         self._path, self._file = file, file.open("a") if isinstance(file, Path) else io.StringIO()
         if isinstance(self._file, io.StringIO):
             self._file.write(text)
-        self._last_upload = -float("inf")
+        self._last_upload = -float("inf")  # the first `write` uploads at once
         with self._errors():
             self._tensorboard = metric_writers.SummaryWriter(str(model_dir / "tensorboard"))
 
@@ -113,6 +113,7 @@ def truncate_metrics(file: AnyPath, last_step: int) -> str:
     """
     from pemoe_jax.runtime import atomic_write
 
+    # "replace", because a crash may leave bytes that are not UTF-8. Their line is then damaged.
     text = file_io.read_text(file, "replace") if file.exists() else ""
     lines = text.splitlines()
     steps = [*map(_step_of, lines)]

@@ -93,6 +93,7 @@ def peak_memory(devices: Sequence[jax.Device]) -> int:
     if devices[0].platform == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024)  # macOS reports bytes, Linux KiB
+    # Some backends have no statistics, or lack this one.
     return max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in devices)
 
 
