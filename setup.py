@@ -10,7 +10,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 # Read as text, because pip builds in an environment from which the package cannot be imported.
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pemoe_jax/__init__.py").read_text(), re.M)
+INIT = (ROOT / "pemoe_jax/__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.M)
 assert VERSION
 
 # `pemoe_jax/tasks` and `pemoe_jax/gin` are symbolic links to `tasks/` and `gin/`. So the package
@@ -20,7 +21,7 @@ setup(
     name="pemoe-jax",
     version=VERSION.group(1),
     description="Parameter-efficient mixture-of-experts instruction tuning of T5 in JAX",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],

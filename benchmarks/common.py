@@ -71,7 +71,7 @@ def torch_mode(
 
 def dimensions(size: str) -> dict[str, int]:
     """Returns the dimensions in a size's gin file, under T5Config's names."""
-    text = (REPO / "gin" / "models" / f"t5_1_1_{size}.gin").read_text()
+    text = (REPO / "gin" / "models" / f"t5_1_1_{size}.gin").read_text(encoding="utf-8")
     return {name: int(number) for name, number in re.findall(r"^  (\w+) = (\d+)$", text, re.M)}
 
 

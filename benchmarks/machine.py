@@ -32,13 +32,13 @@ def memory(field: str) -> int:
     Fields: VmRSS, the resident memory now; VmHWM, its peak; RssAnon, the resident memory now
     without mapped files.
     """
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition(f"{field}:")[2].split()[0])
 
 
 def reset_peak_memory() -> None:
     """Restarts the peak that VmHWM reports."""
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 class PeakMemory:
@@ -70,7 +70,7 @@ def _busy_seconds() -> float:
     """Returns the CPU seconds of all processes since the machine started."""
     # Fields: user nice system idle iowait irq softirq steal. Waiting for disks (iowait) counts as
     # idle.
-    fields = pathlib.Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    fields = pathlib.Path("/proc/stat").read_text(encoding="utf-8").splitlines()[0].split()[1:]
     jiffies = [int(field) for field in fields]
     idle = jiffies[3] + jiffies[4]
     return (sum(jiffies[:8]) - idle) / os.sysconf("SC_CLK_TCK")
@@ -98,7 +98,8 @@ def versions(*packages: str) -> str:
 def description() -> str:
     """Returns the processor, the cores in use and the memory."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
-    kilobytes = pathlib.Path("/proc/meminfo").read_text().split()[1]
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    names = re.findall(r"model name\s*: (.+)", text)
+    kilobytes = pathlib.Path("/proc/meminfo").read_text(encoding="utf-8").split()[1]
     name = names[0] if names else platform.machine()
     return f"{name}, {CORES} of {os.cpu_count()} cores, {int(kilobytes) / 1e6:.0f} GB"

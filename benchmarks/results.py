@@ -173,7 +173,7 @@ def read_rows(folder: pathlib.Path) -> dict[str, Measured]:
     """Returns {name: row} of all files; if two rows have the same name, the last file's is used."""
     rows = {}
     for path in sorted(folder.glob("*.json")):
-        rows |= {row["row"]: row for row in json.loads(path.read_text())}
+        rows |= {row["row"]: row for row in json.loads(path.read_text(encoding="utf-8"))}
     return rows
 
 
@@ -261,7 +261,7 @@ def main() -> None:
     lines = [format_line(row, rows.get(row.name)) for row in ROWS]
     conditions = [format_conditions(row, rows[row.name]) for row in ROWS if row.name in rows]
     text = HEAD + "\n".join(lines) + "\n\n## Conditions\n\n" + "\n".join(conditions) + "\n"
-    (HERE / "RESULTS.md").write_text(text)
+    (HERE / "RESULTS.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def main() -> None:
 
 def t5x_commit() -> str:
     """Returns the commit that `make t5x` installs."""
-    text = (workers.REPO / "pemoe_jax" / "t5x_bridge" / "installed.py").read_text()
+    text = (workers.REPO / "pemoe_jax" / "t5x_bridge" / "installed.py").read_text(encoding="utf-8")
     match = re.search(r"google-research/t5x\W+(\w{10})", text)
     return match[1] if match else "an unknown commit"
 

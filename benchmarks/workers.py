@@ -41,7 +41,7 @@ class Worker:
     def __init__(self) -> None:
         self.spec: dict[str, Any] = json.loads(sys.argv[1])
         # Libraries print from C++ too, so descriptor 1 is redirected and not only sys.stdout.
-        self._answers = os.fdopen(os.dup(1), "w")
+        self._answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)
         if not self.spec.get("gpu"):
             machine.pin()

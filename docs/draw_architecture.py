@@ -93,7 +93,7 @@ def main() -> None:
     sys.path.insert(0, str(DOCS.parent / "tests"))
     from test_imports import PARTS
 
-    (DOCS / "architecture.svg").write_text(draw(PARTS))
+    (DOCS / "architecture.svg").write_text(draw(PARTS), encoding="utf-8")
 
 
 if __name__ == "__main__":

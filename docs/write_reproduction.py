@@ -130,13 +130,17 @@ def main(folders: list[str]) -> None:
     file = DOCS / "reproduction.json"
     if folders:
         sweeps = {
-            Path(folder).name: json.loads((Path(folder) / "claims.json").read_text())
+            Path(folder).name: json.loads(
+                (Path(folder) / "claims.json").read_text(encoding="utf-8")
+            )
             for folder in folders
         }
-        file.write_text(json.dumps({"sweeps": sweeps}, indent=1, ensure_ascii=False) + "\n")
-    results = json.loads(file.read_text())
+        file.write_text(
+            json.dumps({"sweeps": sweeps}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+    results = json.loads(file.read_text(encoding="utf-8"))
     claims_report.draw_forest(merge(results), DOCS / "reproduction.png")
-    (DOCS / "reproduction.md").write_text(render(results))
+    (DOCS / "reproduction.md").write_text(render(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

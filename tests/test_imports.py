@@ -145,6 +145,24 @@ def sources() -> dict[str, Path]:
 MODULES = sources()
 
 
+# Receivers of `open`, `read_text` and `write_text` that need no encoding.
+UTF8_FUNCTIONS = {"file_io", "atomic_write", "ts", "ts.KvStore"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_text_files_are_opened_in_utf8(module):
+    for call in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if not isinstance(call, ast.Call):
+            continue
+        receiver, _, name = ast.unparse(call.func).rpartition(".")
+        is_binary = any(re.fullmatch("'[rwax]b'", ast.unparse(arg)) for arg in call.args)
+        opens = name == "open" or (name in {"read_text", "write_text"} and receiver)
+        is_other = receiver in UTF8_FUNCTIONS or "importlib" in receiver
+        if opens and not is_binary and not is_other:
+            encodings = [word for word in call.keywords if word.arg == "encoding"]
+            assert encodings, f"{module}:{call.lineno}: {ast.unparse(call)}"
+
+
 def imports(module: str, top_only: bool = False) -> set[str]:
     """Returns the dotted names that a module imports, `from a import b` as `a.b` for a module b.
 

@@ -148,7 +148,7 @@ def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]
         if text is None:
             path.unlink(missing_ok=True)
         # A call that resumes has the same rows: their file stays as it is.
-        elif not path.is_file() or path.read_text() != text:
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write.write_text(path, text)
 

@@ -60,9 +60,9 @@ def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Ite
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a text file, replacing an existing one."""
+    """Writes a text file in UTF-8, replacing an existing one."""
     with temporary_path(path, overwrite=True) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(

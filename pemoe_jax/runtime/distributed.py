@@ -56,7 +56,7 @@ def initialize() -> None:
     jax.distributed.initialize(**arguments, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     if jax.process_index():
         # Never closed, because everything that is printed later goes to it.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def start(

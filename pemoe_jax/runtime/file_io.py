@@ -323,7 +323,7 @@ def read_json(path: str | os.PathLike[str]) -> JsonObject:
       InputError: the file is missing, cannot be read, is not JSON, or is JSON but not an object.
     """
     try:
-        value = parse_json(epath.Path(path).read_text())
+        value = parse_json(epath.Path(path).read_text(encoding="utf-8"))
         check_utf8(value)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error

@@ -100,7 +100,7 @@ def _lock(folder: Path, setting: str) -> IO[str]:
     deadline = time.monotonic() + TIMEOUT
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / _NAME).open("a+")
+        file = (folder / _NAME).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Another process may have removed the file after it was opened here: then try again.

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import contextlib
+import functools
 import logging
 import os
 import re
@@ -233,11 +234,14 @@ def load_config(
 
 @contextlib.contextmanager
 def _only_files() -> Iterator[None]:
-    """Keeps gin from searching packages, which fails if the working folder has a folder `runs/`."""
+    """Makes gin read files in UTF-8, in any locale, and keeps it from searching packages.
+
+    That search fails if the working folder has a folder `runs/`.
+    """
     import gin
 
-    readers = gin.config._FILE_READERS  # the first opens files
-    gin.config._FILE_READERS = readers[:1]
+    readers = gin.config._FILE_READERS
+    gin.config._FILE_READERS = [(functools.partial(open, encoding="utf-8"), os.path.isfile)]
     try:
         yield
     finally:

@@ -109,7 +109,7 @@ def find_macro_owners(name: str) -> list[str]:
 def _lines(text: str) -> Iterable[str]:
     """Yields the lines of a gin text or of a file, given by name, and of the files it includes."""
     if "\n" not in text:
-        text = (GIN_DIR / text).read_text()
+        text = (GIN_DIR / text).read_text(encoding="utf-8")
     for line in text.splitlines():
         match = re.match(r"include '(.*)'", line)
         if match is None:
@@ -127,7 +127,7 @@ def _documented(module: str) -> dict[str, dict[str, str]]:
         return {}
     return {
         node.name: _parameters(ast.get_docstring(node) or "")
-        for node in ast.parse(path.read_text()).body
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
         if isinstance(node, (ast.FunctionDef, ast.ClassDef))
     }
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from pemoe_jax.core.errors import InputError, first_line, plural
 from pemoe_jax.runtime import file_io
@@ -50,8 +50,11 @@ class MetricWriter:
         file = model_dir / "metrics.jsonl"
         with file_io.remote_errors(file):
             text = truncate_metrics(file, first_step)
-        self._path, self._file = file, file.open("a") if isinstance(file, Path) else io.StringIO()
-        if isinstance(self._file, io.StringIO):
+        self._path = file
+        if isinstance(file, Path):
+            self._file: IO[str] = file.open("a", encoding="utf-8")
+        else:
+            self._file = io.StringIO()
             self._file.write(text)
         self._last_upload = -float("inf")  # the first `write` uploads at once
         with self._errors():

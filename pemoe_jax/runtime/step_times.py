@@ -77,7 +77,8 @@ def describe_devices(devices: Sequence[jax.Device]) -> str:
 
 def _processor_name() -> str:
     info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    name = re.search(r"model name\s*: (.+)", text)
     return name[1].strip() if name else platform.machine()
 
 

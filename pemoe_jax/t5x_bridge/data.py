@@ -166,7 +166,7 @@ class Batches(dataset_iterator.DatasetIterator):
         """Writes the position in the data at the checkpoint's step."""
         # Not the newest position: T5X is one batch ahead, since it takes one before the first step.
         position = self._positions[_step(filename) - self._first_step]
-        epath.Path(filename).write_text(json.dumps(position))
+        epath.Path(filename).write_text(json.dumps(position), encoding="utf-8")
 
     def restore(self, filename: os.PathLike[str] | str) -> None:
         """Continues from the position that `save` wrote."""

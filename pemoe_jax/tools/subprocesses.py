@@ -66,7 +66,7 @@ def start_module(
     """
     command = [sys.executable, "-c", _CHILD, str(os.getpid()), ",".join(map(str, cores)), module]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("ab") as file:
         return subprocess.Popen(
             [*command, *flags],
             stdin=subprocess.DEVNULL,

@@ -234,7 +234,7 @@ def _read_state(run: Run) -> State:
             settings=run.train_settings, scoring=run.evaluate_settings, train=None, evaluate=None
         )
     try:
-        state: State = file_io.parse_json(file.read_text())
+        state: State = file_io.parse_json(file.read_text(encoding="utf-8"))
         # Older versions recorded other bindings that only pass macros on.
         previous = run_settings.drop_wiring(state["settings"])
         scoring = run_settings.drop_wiring(state["scoring"])

@@ -132,7 +132,7 @@ def plan_runs(
     train_bindings += [f"--gin_bindings={line}" for line in args.gin_bindings]
     # Evaluations get only the macros of runs/tasks.gin: their run files do not know others, such as
     # TRAIN_STEPS.
-    tasks_gin = (gin_flags.GIN_DIR / "runs" / "tasks.gin").read_text()
+    tasks_gin = (gin_flags.GIN_DIR / "runs" / "tasks.gin").read_text(encoding="utf-8")
     data_macros = set(re.findall(r"^([A-Z][A-Z0-9_]*) = ", tasks_gin, re.MULTILINE))
     data_bindings = [_binding_flag(b) for b in bindings if _binding_name(b) in data_macros]
     files, settings = _split_experiment(args.evaluate)

@@ -140,7 +140,7 @@ def _parse_row(row: dict[str, str]) -> P3Task:
 def tasks() -> dict[str, P3Task]:
     """Returns the published tasks by name, sorted; `_score_eval` tasks are not among them."""
     path = pathlib.Path(__file__).with_name("tasks.csv")
-    with path.open(newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return {row["task"]: _parse_row(row) for row in csv.DictReader(file)}
 
 

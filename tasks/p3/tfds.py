@@ -73,7 +73,7 @@ class Builder:
 def builders() -> dict[tuple[str, str], Builder]:
     """Returns the builder of each (dataset, subset or '') that has one."""
     builders = {}
-    with pathlib.Path(__file__).with_name("tfds.csv").open(newline="") as file:
+    with pathlib.Path(__file__).with_name("tfds.csv").open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             matches = map(_FIELD.fullmatch, filter(None, row["fields"].split(";")))
             fields = tuple(

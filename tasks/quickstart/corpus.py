@@ -230,7 +230,7 @@ def prose_line(rng: TextRng) -> str:
 @functools.cache
 def heading_words() -> list[str]:
     """Returns the words of all prompts."""
-    text = pathlib.Path(__file__).with_name("prompts.json").read_text()
+    text = pathlib.Path(__file__).with_name("prompts.json").read_text(encoding="utf-8")
     words: set[str] = set()
     for entry in json.loads(text).values():
         for template in entry["prompts"].values():

@@ -152,14 +152,16 @@ def write_sample(folder: pathlib.Path, seed: int = 0) -> None:
     for name, lines in files.items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "INDEX.json").write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "INDEX.json").write_text(
+        json.dumps(index, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def write_corpus(path: pathlib.Path, seed: int = 0, n: int = CORPUS_LINES) -> None:
     """Writes the pretraining text, one text per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in corpus.lines(seed, n))
 
 
@@ -173,7 +175,7 @@ def write_vocabulary(path: pathlib.Path, corpus_path: pathlib.Path) -> None:
     import sentencepiece
 
     # A piece per word keeps the tiny model's sequences short. Characters cover unknown words.
-    words = set(re.findall("[a-z]+", corpus_path.read_text().lower()))
+    words = set(re.findall("[a-z]+", corpus_path.read_text(encoding="utf-8").lower()))
     # Written to memory first: SentencePiece would write the name of an output file into the model.
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.Train(

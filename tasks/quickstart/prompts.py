@@ -273,5 +273,7 @@ _DRAW = {
 
 def datasets() -> list[Dataset]:
     """Returns the datasets of `prompts.json`."""
-    entries = json.loads(pathlib.Path(__file__).with_name("prompts.json").read_text())
+    entries = json.loads(
+        pathlib.Path(__file__).with_name("prompts.json").read_text(encoding="utf-8")
+    )
     return [Dataset(name, draw=_DRAW[name], **entry) for name, entry in entries.items()]

@@ -33,7 +33,7 @@ class Topic:
     titles: list[str]
 
 
-_words = json.loads(pathlib.Path(__file__).with_name("world.json").read_text())
+_words = json.loads(pathlib.Path(__file__).with_name("world.json").read_text(encoding="utf-8"))
 TOPICS = [Topic(**topic) for topic in _words["topics"]]
 TOPIC_BY_NAME = {topic.name: topic for topic in TOPICS}
 TOPIC_NAMES = list(TOPIC_BY_NAME)

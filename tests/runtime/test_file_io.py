@@ -1,6 +1,9 @@
 """Paths, files that are written whole or not at all, and JSON."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -33,6 +36,23 @@ def test_failed_writes_leave_nothing_behind(tmp_path):
         atomic_write.temporary_path("s3://b/x"),
     ):
         raise AssertionError
+
+
+def test_files_are_utf8_in_any_locale(tmp_path):
+    program = """
+import locale, sys
+from pemoe_jax.runtime import atomic_write, file_io, gin_help, progress
+assert locale.getpreferredencoding(False) != "utf-8", locale.getpreferredencoding(False)
+atomic_write.write_text(sys.argv[1], '{"a": "\\u2013"}')
+assert file_io.read_json(sys.argv[1]) == {"a": "\\u2013"}
+gin_help.describe_macros(["runs/embed.gin", "methods/mov.gin"])
+"""
+    # ASCII: without these variables, Python takes UTF-8 instead of the encoding of the locale "C".
+    ascii_locale = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-c", program, tmp_path / "a.json"]
+    done = subprocess.run(command, env=os.environ | ascii_locale, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.json").read_bytes() == '{"a": "–"}'.encode()
 
 
 def test_errors_of_a_full_disk_name_the_file(tmp_path):

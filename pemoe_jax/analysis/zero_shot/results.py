@@ -179,7 +179,7 @@ def check_overwrites(
         return False
     advice = "choose another EVAL_OUTPUT_DIR, or delete it"
     try:
-        runs = file_io.parse_json(file.read_text())["runs"]
+        runs = file_io.parse_json(file.read_text(encoding="utf-8"))["runs"]
         existing = [
             (os.fspath(run["checkpoint"]), name, task.get("split"))
             for run in runs
@@ -235,7 +235,7 @@ def load_results(path: str) -> JsonObject:
         if file.is_dir():
             file /= RESULTS
     try:
-        results = file_io.parse_json(file.read_text())
+        results = file_io.parse_json(file.read_text(encoding="utf-8"))
         file_io.check_utf8(results)
     except OSError as error:
         raise InputError(
