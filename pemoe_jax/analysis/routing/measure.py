@@ -92,6 +92,7 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
         raise InputError(f"ROUTES_TASKS: {pattern!r} matches none of {len(names)} tasks{hint}")
     available = _available_tasks(matches, use_cached)
     if not available:
+        # Without caches, only P3's tasks can lack their data, see `SeekableTask.has_data`.
         source = "seqio's caches contain" if use_cached else "P3_DIR contains"
         raise InputError(f"ROUTES_TASKS: {source} none of the {len(matches)} tasks of {pattern!r}")
     return available

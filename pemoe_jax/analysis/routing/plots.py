@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 # cross-attention thus look related. There are fewer colors than names, so some names share one.
 _COLOR = {"key": 0, "value": 1, "gate": 2, "query": 3, "out": 4, "wi_0": 5, "wi_1": 2, "wo": 6}
 _COLOR |= {"experts": 6}  # the router of a sparse layer
-_LINES = {"self": "-", "cross": (0, (4, 2)), "": "-"}
-_MARKERS = {"self": "o", "cross": "s", "": "D"}
+# Sparse layers have their own, because `wo` of a dense block has the same color.
+_LINES = {"self": "-", "cross": (0, (4, 2)), "": "-", "experts": ":"}
+_MARKERS = {"self": "o", "cross": "s", "": "D", "experts": "^"}
 # For each row of panels, a field of `RouterEntropy` and its meaning.
 _ROWS = (
     ("token_entropy", "each token (low: few experts)"),
@@ -56,7 +57,8 @@ def plot_entropies(routers: Sequence[RouterEntropy], png: str | AnyPath, *, titl
             for kind in kinds:
                 line = [r for r in routers if (r.stack, r.kind) == (stack, kind)]
                 attention, _, name = kind.rpartition(" ")
-                style: dict[str, Any] = {"ls": _LINES[attention], "marker": _MARKERS[attention]}
+                group = name if name == "experts" else attention
+                style: dict[str, Any] = {"ls": _LINES[group], "marker": _MARKERS[group]}
                 style |= {"color": plots.COLORS[_COLOR[name]], "ms": 4.5 if len(line) <= 12 else 3}
                 if line:  # the encoder has no cross-attention
                     x, y = [r.layer for r in line], [getattr(r, attribute) for r in line]

@@ -155,6 +155,21 @@ def test_entropies_are_drawn_by_layer(monkeypatch):
         assert all(low < y < high for line in axis.get_lines() for y in line.get_ydata())
 
 
+def test_sparse_layers_and_wo_of_dense_blocks_look_different(monkeypatch):
+    routers = [
+        metrics.RouterEntropy("x", "encoder", layer, kind, 0.5, 0.9, 0.0, 1.0)
+        for layer, kind in ((0, "wo"), (1, "experts"), (2, "wo"), (3, "experts"))
+    ]
+    figure = draw_figure(monkeypatch, routing_plots.plot_entropies, routers, "x.png", title="t")
+    lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+    looks = {
+        kind: (line.get_color(), line.get_linestyle(), line.get_marker())
+        for kind, line in lines.items()
+        if kind in ("wo", "experts")
+    }
+    assert looks["wo"][1:] != looks["experts"][1:]
+
+
 def test_dendrogram(monkeypatch):
     # a and c merge at 0.1; both merge with b at the mean of 0.4 and 0.6
     distances = np.array([[0, 0.4, 0.1], [0.4, 0, 0.6], [0.1, 0.6, 0]])
