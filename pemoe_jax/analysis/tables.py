@@ -143,6 +143,7 @@ def _split_columns(table: Table, width: int) -> list[list[int]]:
     lines = [table.columns, *table.rows, *table.footer]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     others = range(1, len(widths))
+    groups = [[0]]  # of a table with one column
     # If even single columns do not fit, the loop ends with one per group, and rich folds the cells.
     for group_count in range(1, len(widths)):
         size = -(-len(others) // group_count)  # rounded up

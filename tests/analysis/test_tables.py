@@ -18,6 +18,11 @@ def test_markdown_is_aligned_and_escaped():
     ]
 
 
+def test_a_table_of_one_column_is_printed(capsys):
+    tables.print_tables([tables.Table("t", ["run"], [["x"]])])
+    assert capsys.readouterr().out.split()[:2] == ["t", "run"]
+
+
 def test_alignment_does_not_depend_on_names():
     """Runs have any names, such as those of other columns."""
     table = tables.Table("t", ["prompt", "dataset", "base"], [["p", "d", "1.0"]], num_text=2)

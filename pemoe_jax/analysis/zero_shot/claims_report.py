@@ -102,18 +102,20 @@ def _costs(runs: Sequence[JsonObject]) -> JsonObject:
     """Returns the costs that are known, and the device.
 
     `step_seconds` and `evaluation_seconds` are means over seeds, in seconds. `peak_memory` is the
-    largest of all seeds, in bytes, and 0 if no seed recorded it.
+    largest of all seeds, in bytes, or None if no seed recorded it.
     """
     # A run may have trained on several machines; the first one counts.
     steps = [run["step_times"][0] for run in runs if run.get("step_times")]
     costs = {
         "step_seconds": [entry["seconds"] for entry in steps],
         "evaluation_seconds": [run.get("evaluation_seconds") for run in runs],
-        "peak_memory": [max(entry.get("memory", 0) for entry in steps)] if steps else [],
     }
-    means = {name: [v for v in values if v is not None] for name, values in costs.items()}
-    devices = {"device": steps[0]["device"]} if steps else {}
-    return devices | {name: statistics.fmean(values) for name, values in means.items() if values}
+    known = {name: [v for v in values if v is not None] for name, values in costs.items()}
+    means = {name: statistics.fmean(values) for name, values in known.items() if values}
+    if not steps:
+        return means
+    memory = max(float(entry.get("memory", 0)) for entry in steps)
+    return {"device": steps[0]["device"], **means, "peak_memory": memory or None}
 
 
 def _rounded(value: Any) -> Any:

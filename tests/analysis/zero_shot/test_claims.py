@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from pemoe_jax.analysis.zero_shot import claims
+from pemoe_jax.analysis.zero_shot import claims, claims_report
 from pemoe_jax.core.errors import InputError
 
 CLAIM = claims.Claim("a_over_b", "A beats B.", "unknown", "file", ("a",), ("b",))
@@ -132,3 +132,15 @@ def test_files_that_hold_no_claims(tmp_path, entries, message):
     file.write_text(entries)
     with pytest.raises(InputError, match=re.escape(message)):
         claims.load_claims(file)
+
+
+def test_memory_that_no_seed_recorded_is_not_zero():
+    first = {"step_times": [{"seconds": 1.0, "device": "cpu"}], "evaluation_seconds": 2.0}
+    costs = claims_report._costs([first])
+    assert costs == {
+        **{"device": "cpu", "step_seconds": 1.0, "evaluation_seconds": 2.0},
+        "peak_memory": None,
+    }
+    second = {"step_times": [{"seconds": 3.0, "device": "cpu", "memory": 5}]}
+    assert claims_report._costs([first, second])["peak_memory"] == 5
+    assert claims_report._costs([{}]) == {}
