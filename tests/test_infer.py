@@ -293,7 +293,10 @@ def test_texts_and_standard_input(folder, decoded, monkeypatch, capsys):
     [
         ({"MIXTURE_OR_TASK_NAME": "colour"}, "unknown task or mixture 'colour'"),
         ({"CHECKPOINT_PATH": "/no/such"}, "/no/such"),
-        ({"BATCH_SIZE": 3}, "BATCH_SIZE must be a positive multiple of 2 (2 devices), got 3"),
+        (
+            {"BATCH_SIZE": 3},
+            "BATCH_SIZE must be a positive multiple of 2 (data-parallel size 2), got 3",
+        ),
         ({"JSONL_DIR": None}, "no data"),
         ({"TASK_FEATURE_LENGTHS": "{'inputs': 8}"}, "must be a positive integer, got None"),
         ({"EVAL_EXAMPLES": 0}, "EVAL_EXAMPLES must be a positive integer"),

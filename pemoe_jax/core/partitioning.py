@@ -294,12 +294,12 @@ def use_mesh(mesh: Mesh, rules: Rules) -> Iterator[None]:
 
 def check_batch_size(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raises InputError unless a batch can be divided over the batch axes and microbatches."""
-    devices = data_parallelism(mesh)
-    if not isinstance(batch_size, int) or batch_size < 1 or batch_size % (devices * microbatches):
+    shards = data_parallelism(mesh)
+    if not isinstance(batch_size, int) or batch_size < 1 or batch_size % (shards * microbatches):
         pieces = f" × {microbatches} microbatches" if microbatches > 1 else ""
         raise InputError(
-            f"BATCH_SIZE must be a positive multiple of {devices * microbatches}"
-            f" ({devices} devices{pieces}), got {batch_size!r}"
+            f"BATCH_SIZE must be a positive multiple of {shards * microbatches}"
+            f" (data-parallel size {shards}{pieces}), got {batch_size!r}"
         )
 
 

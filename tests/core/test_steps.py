@@ -379,8 +379,8 @@ def test_two_devices_equal_one(microbatches):
 @pytest.mark.parametrize(
     "size, microbatches, message",
     [
-        (3, 1, "BATCH_SIZE must be a positive multiple of 2 .2 devices., got 3"),
-        (6, 2, "BATCH_SIZE must be a .* of 4 .2 devices × 2 microbatches., got 6"),
+        (3, 1, "BATCH_SIZE must be a positive multiple of 2 .data-parallel size 2., got 3"),
+        (6, 2, "BATCH_SIZE must be a .* of 4 .data-parallel size 2 × 2 microbatches., got 6"),
         (0, 1, "BATCH_SIZE must be a positive multiple of 2 .*, got 0"),
     ],
 )
@@ -389,3 +389,6 @@ def test_batch_sizes_that_do_not_divide(size, microbatches, message):
     partitioning.check_batch_size(4, mesh, 2)
     with pytest.raises(InputError, match=message):
         partitioning.check_batch_size(size, mesh, microbatches)
+    sharded = partitioning.make_mesh(model_parallelism=2)  # devices do not count, batch shards do
+    with pytest.raises(InputError, match="positive multiple of 1 .data-parallel size 1., got 0"):
+        partitioning.check_batch_size(0, sharded)

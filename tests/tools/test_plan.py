@@ -30,7 +30,7 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
         (["--mesh=2x1:zero"], "got '2x1:zero'"),
         (
             ["--mesh=2x1", "--batch_size=3"],
-            "BATCH_SIZE must be a positive multiple of 2 (2 devices), got 3",
+            "BATCH_SIZE must be a positive multiple of 2 (data-parallel size 2), got 3",
         ),
         (
             ["--mesh=1x1", "--mesh=2x1", "--batch_size=3"],
