@@ -105,5 +105,6 @@ def _array_shape(shapes: Shapes, path: str, source: str, rank: int = 2) -> tuple
     shape = shapes.get(path)
     if shape is None or len(shape) != rank:
         kind = "a matrix" if rank == 2 else "matrices [E, in, out]"
-        raise InputError(f"{source}: expected a T5 with {kind} {path}, got {shape}")
+        got = "none" if shape is None else shape
+        raise InputError(f"{source}: expected a T5 with {kind} {path}, got {got}")
     return shape

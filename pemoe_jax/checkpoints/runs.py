@@ -154,10 +154,14 @@ class RunCheckpoints:
           state: a state with the expected shapes, dtypes and shardings.
 
         Raises:
-          InputError: every checkpoint is damaged, or one has the state of another optimizer.
+          InputError: there is no checkpoint, every checkpoint is damaged, or one has the state of
+            another optimizer.
         """
         errors: dict[int, DamagedCheckpoint] = {}
-        for step in reversed(finished_steps(self._folder)):
+        finished = finished_steps(self._folder)
+        if not finished:
+            raise InputError(f"{self._folder}: expected a checkpoint_<step>, got none")
+        for step in reversed(finished):
             has_opened = False
             try:
                 # All processes read the same metadata, so they agree on whether it opens.

@@ -148,7 +148,7 @@ def _check(sizes: Sequence[int], rates: Sequence[float]) -> None:
         if size < 1:
             raise InputError(f"task {task}: size must be at least 1, got {size}")
         if not (rate >= 0 and math.isfinite(rate)):
-            raise InputError(f"task {task}: rate must be at least 0, got {rate}")
+            raise InputError(f"task {task}: rate must be finite and at least 0, got {rate}")
     if not any(rates):
         raise InputError("expected a task with a rate above 0, got none")
 

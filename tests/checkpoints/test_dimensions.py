@@ -57,6 +57,13 @@ def test_shapes_of_the_model(changes, sparse):
     assert stated == {name for name in T5_1_0 if changes.get(name)}
 
 
+@pytest.mark.parametrize(("shape", "got"), [(None, "none"), ((), r"\(\)"), ((3,), r"\(3,\)")])
+def test_arrays_that_are_missing_or_no_matrices(shape, got):
+    shapes = model_shapes(CONFIG) | {"token_embedder/embedding": shape}
+    with pytest.raises(InputError, match=f"a matrix token_embedder/embedding, got {got}$"):
+        dimensions.infer({path: shape for path, shape in shapes.items() if shape is not None})
+
+
 @pytest.mark.parametrize("stored", [["gelu"], ["gelu", "linear"], 3, [[]], None])
 def test_names_of_activations_are_stored(stored):
     """They are not in shapes: `wi` may be of any activation."""

@@ -71,6 +71,14 @@ def test_checkpoints_that_cannot_be_restored(tmp_path):
     checkpoints.close()
 
 
+def test_a_run_without_checkpoints(tmp_path):
+    checkpoints = runs.RunCheckpoints(str(tmp_path))
+    state = steps.TrainState.create({"kernel": jnp.zeros(2)}, optax.sgd(0.1))
+    with pytest.raises(InputError, match=r"^.*: expected a checkpoint_<step>, got none$"):
+        checkpoints.restore_newest(state)
+    checkpoints.close()
+
+
 def save_steps(folder: pathlib.Path, number: int, keep: int | None = None) -> steps.TrainState:
     """Saves steps 1 to `number`, each with its number in a parameter; returns the last state."""
     checkpoints = runs.RunCheckpoints(str(folder), keep)

@@ -183,8 +183,9 @@ def test_order_ends_with_the_first_exhausted_task(epochs):
     ("sizes", "rates", "message"),
     [
         ([3, 0], [1, 1], "task 1: size must be at least 1, got 0"),
-        ([3, 2], [1, -1], "task 1: rate must be at least 0, got -1"),
-        ([3], [math.nan], "task 0: rate must be at least 0, got nan"),
+        ([3, 2], [1, -1], "task 1: rate must be finite and at least 0, got -1"),
+        ([3], [math.nan], "task 0: rate must be finite and at least 0, got nan"),
+        ([3], [math.inf], "task 0: rate must be finite and at least 0, got inf"),
         ([3, 2], [0, 0], "expected a task with a rate above 0, got none"),
         ([3, 2], [1], "expected one rate for each task, got 1 for 2"),
         ([], [], "expected one rate for each task, got 0 for 0"),
