@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent
@@ -58,7 +58,8 @@ def describe_macros(texts: Iterable[str]) -> str:
 def read_macros(texts: Iterable[str]) -> list[Macro]:
     """Returns the macros that gin texts both set and read; see `describe_macros`."""
     macros: dict[str, Macro] = {}  # those that are set
-    descriptions: dict[str, str] = {}  # of those that are read
+    # (function, its parameter) -> macro, or "" for another value. As in gin, a later one counts.
+    bindings: dict[tuple[str, str], str] = {}
     modules: dict[str, str] = {}  # name in gin -> full name
     selector = ""  # the last 'module.function:', whose parameters the next lines bind
     # Only the forms of lines that this package's gin files use are recognized.
@@ -68,16 +69,35 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
         elif match := re.match(r"([A-Z][A-Z0-9_]*) = (.*?)(?:\s+# (.*))?$", line):
             macro = macros.setdefault(match[1], Macro(match[1], ""))
             macro.default, macro.description = match[2], match[3] or macro.description
-        elif match := re.match(r"([\w.]+):$", line):
+        elif match := re.match(r"([\w./]+):$", line):
             selector = match[1]
-        elif match := re.match(r"(?:  |([\w.]+)\.)(\w+) = %([A-Z][A-Z0-9_]*)\b", line):
-            alias, _, function = (match[1] or selector).rpartition(".")
-            documented = _documented(modules.get(alias, "")).get(function, {})
-            # The first binding with a description describes the macro.
-            descriptions[match[3]] = descriptions.get(match[3]) or documented.get(match[2], "")
+        elif match := re.match(r"(?:  |([\w./]+)\.)(\w+) = (?:%([A-Z][A-Z0-9_]*)\b)?", line):
+            bindings[match[1] or selector, match[2]] = match[3] or ""
+    descriptions: dict[str, str] = {}  # of the macros that are read
+    for (function, parameter), name in bindings.items():
+        if not name:
+            continue
+        alias, _, attribute = function.rpartition("/")[2].rpartition(".")
+        documented = _documented(modules.get(alias, "")).get(attribute, {})
+        names = {p: macro for (f, p), macro in bindings.items() if f == function and macro}
+        text = _write_for_users(documented.get(parameter, ""), names)
+        # The first binding with a description describes the macro.
+        descriptions[name] = descriptions.get(name) or text
     for name, macro in macros.items():
         macro.description = descriptions.get(name) or macro.description
     return [macro for macro in macros.values() if macro.name in descriptions]
+
+
+def _write_for_users(description: str, macros: Mapping[str, str]) -> str:
+    """Replaces names of code in a parameter's description, which users of gin files do not know.
+
+    Args:
+      description: the entry of a docstring. References such as "; see `module.name`" are left out.
+      macros: parameter of the same function -> the macro that it is bound to, its name for users.
+    """
+    text = re.sub(r"[;,]? see `\w+(\.\w+)+`| \(`\w+(\.\w+)+`\)", "", description)
+    # Without backquotes or an underscore, the name may be a common word, such as `group`.
+    return re.sub(r"`(\w+)`|\b\w+_\w+\b", lambda m: macros.get(m[1] or m[0], m[0]), text)
 
 
 def find_macro_owners(name: str) -> list[str]:

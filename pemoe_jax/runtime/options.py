@@ -30,7 +30,7 @@ class Data:
       register: registers the tasks with seqio; returns a `tasks.TaskRoles` or None.
       use_cached_tasks: whether to read the tasks from seqio's offline caches.
       sentence_embeddings: folder of the table that `pemoe embed` writes, for routers that read
-        sentence embeddings; None, in a run: a feature of the tasks holds them.
+        sentence embeddings; None: a feature of the tasks holds them.
       max_examples: maximum number of examples of each evaluated task; None: all.
       task_fraction: fraction of the mixture's tasks to train on, drawn by SEED; the tasks of a
         smaller fraction are among those of a larger one.

@@ -55,7 +55,7 @@ def embed(
     """Writes a table of sentence embeddings, or adds the inputs that an existing one lacks.
 
     Args:
-      output: folder of the table.
+      output: folder of the table; an existing table is extended.
       data: the tasks and mixtures whose inputs are embedded. A run looks up its inputs after
         truncation, so TASK_FEATURE_LENGTHS must be those of the run.
       encoder: @embed.mean_pooled(), the mean over tokens of the base model's own encoder, or the

@@ -1,5 +1,6 @@
 """Help texts: every macro with its default and description, without importing jax or seqio."""
 
+import re
 import subprocess
 import sys
 
@@ -43,6 +44,22 @@ def test_macros_of_a_text():
 def test_a_comment_describes_a_macro_whose_parameter_has_no_docstring():
     (macro,) = gin_help.read_macros(["A = None  # what A does\nx.y.z = %A\n"])
     assert macro == gin_help.Macro("A", "None", "what A does")
+
+
+def test_descriptions_name_macros_instead_of_code():
+    text = gin_help.describe_macros(["models/t5_1_1.gin", "methods/flan_moe.gin"])
+    assert "MIN_CAPACITY) places in a group" in text
+    assert not re.search(r"min_capacity|capacity_factor|top_k|sparse_step|`\w+\.\w+`", text)
+    trainable = gin_help.describe_macros(["methods/flan_moe.gin", "runs/finetune.gin"])
+    assert "even if TRAINABLE matches" in " ".join(trainable.split())
+
+
+def test_a_run_file_describes_what_its_command_reads():
+    embed = {m.name: m.description for m in gin_help.read_macros(["runs/embed.gin"])}
+    assert embed["SENTENCE_EMBEDDINGS"].startswith("folder of the table; an existing")
+    assert "BATCH_SIZE" in embed
+    export = [macro.name for macro in gin_help.read_macros(["runs/export_tasks.gin"])]
+    assert "LM_EVAL_DIR" in export and "BATCH_SIZE" not in export
 
 
 @pytest.mark.parametrize(
