@@ -264,9 +264,10 @@ def _source_target(
     dtype = jnp.result_type(*map(param_format.dtype_of, paths))
     if is_upcycled and upcycling.is_expert(first):
         shape, sharding = shape[1:], upcycling.dense_sharding(sharding)
-        # Noise multiplies float32 values: rounding them before and after would add an error. (If an
-        # extra MLP is made from the array too, its path is first, and the widest dtype counts.)
-        dtype = jnp.dtype(jnp.float32) if upcycle_noise else dtype
+    # Noise multiplies float32 values: rounding them before and after would add an error. The path
+    # of the experts need not be the first: an extra MLP may be made from the array too.
+    if is_upcycled and upcycle_noise and any(map(upcycling.is_expert, paths)):
+        dtype = jnp.dtype(jnp.float32)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 

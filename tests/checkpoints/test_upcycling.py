@@ -196,6 +196,17 @@ def test_frozen_parts_have_the_dtypes_of_a_frozen_base(dense):
     assert np.array_equal(mlp["extra_mlp"]["wi_0"]["kernel"], exact)
 
 
+def test_noise_multiplies_float32_values(dense, st):
+    """Also where a frozen extra MLP is made from the same array."""
+    _, exact, _ = st
+    model = sparse_model(METHODS["st"], dtype="bfloat16")
+    frozen, _ = models.load_base(model, dense, SEED, upcycle_noise=NOISE)
+    exact, frozen = params_lib.flatten(exact), params_lib.flatten(frozen)
+    for path in filter(upcycling.is_expert, frozen):
+        assert frozen[path].dtype == jnp.bfloat16
+        assert np.array_equal(frozen[path], exact[path].astype(jnp.bfloat16)), path
+
+
 def test_experts_are_sharded_as_they_are_copied(dense):
     mesh = partitioning.make_mesh()
     model = sparse_model(METHODS["switch"])
