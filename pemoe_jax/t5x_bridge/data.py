@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
     from pemoe_jax.data.prefetch import PrefetchIterator
 
+# Number of steps that a checkpoint may lag behind the batches that were read. T5X takes one batch
+# before the first step, and its trainer takes one for each step.
+_MAX_LAG = 16
+
 Batch: TypeAlias = dict[str, np.ndarray]
 # Position in the data: {'examples': number of examples that this process has read}.
 Position: TypeAlias = Mapping[str, int]
@@ -141,8 +145,9 @@ class Batches(dataset_iterator.DatasetIterator):
 
     def _restart(self, step: int, position: Position | None) -> None:
         self._first_step, self._start = step, position
-        # Item i is the position after i batches. `save` writes an earlier one than the newest.
-        self._positions: list[Position | None] = [position or {"examples": 0}]
+        # Step -> position, of the last steps: `save` writes an earlier one than the newest.
+        self._newest = step
+        self._positions: dict[int, Position | None] = {step: position or {"examples": 0}}
         self._batches: PrefetchIterator[Batch] | None = None
 
     def __next__(self) -> Batch:
@@ -150,7 +155,9 @@ class Batches(dataset_iterator.DatasetIterator):
         if self._batches is None:
             self._batches = self._batches_from(self._start)
         batch = next(self._batches)
-        self._positions.append(self._batches.position)
+        self._newest += 1
+        self._positions[self._newest] = self._batches.position
+        self._positions.pop(self._newest - _MAX_LAG - 1, None)
         return {name: batch[name] for name in self._spec}
 
     def reset(self) -> None:
@@ -165,7 +172,7 @@ class Batches(dataset_iterator.DatasetIterator):
     def save(self, filename: os.PathLike[str] | str) -> None:
         """Writes the position in the data at the checkpoint's step."""
         # Not the newest position: T5X is one batch ahead, since it takes one before the first step.
-        position = self._positions[_step(filename) - self._first_step]
+        position = self._positions[_step(filename)]
         epath.Path(filename).write_text(json.dumps(position), encoding="utf-8")
 
     def restore(self, filename: os.PathLike[str] | str) -> None:
