@@ -64,6 +64,7 @@ setup(
     # constraints.txt pins the tested versions.
     install_requires=[
         "clu",
+        "etils[epath]",
         "flax",
         "gin-config",
         "google-crc32c",

@@ -120,7 +120,6 @@ DISTRIBUTIONS = {
     "tensorflow_datasets": None,  # seqio
     "sentencepiece": None,  # seqio
     "tensorstore": None,  # orbax-checkpoint
-    "etils": None,  # orbax-checkpoint
     "msgpack": None,  # flax
     "ml_dtypes": None,  # jax
     "scipy": None,  # jax
@@ -341,7 +340,7 @@ def test_commands_import_seqio_inside_functions_only(module):
 
 
 def test_what_is_imported_is_required_by_setup():
-    required = (ROOT / "setup.py").read_text().split("install_requires")[1].split("]")[0]
+    required = (ROOT / "setup.py").read_text().split("install_requires")[1].split("\n    ]")[0]
     listed = set(re.findall(r'"([\w-]+)', required))
     imported = set().union(*map(other_imports, MODULES))
     needed = {DISTRIBUTIONS.get(name, name) for name in imported} - {None}
