@@ -14,6 +14,7 @@ import optax
 import pytest
 
 import pemoe_jax
+from pemoe_jax.api import loaded_model
 from pemoe_jax.api import model as api_model
 from pemoe_jax.checkpoints import adapter_file, base_model, export, models, runs
 from pemoe_jax.core import adapters, decoding, network, params, steps
@@ -275,6 +276,22 @@ def test_adapters_of_one_batch(folder, method, options):
     other = write_adapter(folder, "ia3", {"mov": 12, "lora": 13}[method])
     with pytest.raises(InputError, match="list of adapters of the same method and settings"):
         model.generate(TEXTS[:2], 4, adapter=[first, other])
+
+
+def test_adapters_that_were_used_last_stay_in_memory(model, folder, monkeypatch):
+    first, second, third = adapters = [write_adapter(folder, "mov", seed) for seed in (20, 21, 22)]
+    loaded, read = model._loaded, []
+    load_adapter = loaded._load_adapter
+    monkeypatch.setattr(
+        loaded, "_load_adapter", lambda name: read.append(name) or load_adapter(name)
+    )
+    monkeypatch.setattr(loaded, "_adapters", {})
+    monkeypatch.setattr(loaded_model, "MAX_ADAPTERS", 2)
+    for name in (first, second, first, third, first, second):
+        loaded.select_adapters([name], 1)
+    assert read == [first, second, third, second]
+    assert len(jax.tree.leaves(loaded.select_adapters(adapters, 3).params)[0]) == 3
+    assert list(loaded._adapters) == [second, third]
 
 
 def test_an_adapter_of_another_base_is_refused(model, mov, folder):

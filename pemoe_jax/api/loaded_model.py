@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 
+MAX_ADAPTERS = 32  # that `LoadedModel.select_adapters` keeps in memory
+
 
 class SelectedAdapters(NamedTuple):
     """The adapters for the texts of a call.
@@ -84,8 +86,8 @@ class LoadedModel:
         # A run that does not need a base is the whole model.
         self.path = opened.base_path if opened.needs_base else opened.path
         self.adapter = opened.path if opened.needs_base else None
-        # Path -> (network, adapter parameters) of the adapters that `select_adapters` has read. All
-        # stay in memory: adapters are small beside the base, and calls repeat them.
+        # Path -> (network, adapter parameters) of the adapters that `select_adapters` used last, in
+        # the order of their last use. They stay in memory, because calls repeat them.
         self._adapters: dict[str, tuple[Transformer, PyTree]] = {}
 
     def __repr__(self) -> str:
@@ -129,6 +131,8 @@ class LoadedModel:
     ) -> SelectedAdapters | None:
         """Returns the adapters for the texts of a call.
 
+        The `MAX_ADAPTERS` adapters that were used last stay in memory; others are read again.
+
         Args:
           paths: path of each text's adapter; None: all texts use the model's own adapter.
           count: number of texts.
@@ -158,11 +162,18 @@ class LoadedModel:
             )
         names = [os.fspath(path) for path in paths]
         distinct = list(dict.fromkeys(names))
+        # Its own references: a call may have more adapters than stay in memory.
+        selected: list[tuple[Transformer, PyTree]] = []
         for name in distinct:
-            if name not in self._adapters:
+            adapter = self._adapters.pop(name, None)
+            if adapter is None:
                 network, params = self._load_adapter(name)
-                self._adapters[name] = network, params_lib.select(params, params_lib.is_adapter)
-        networks, trees = zip(*(self._adapters[name] for name in distinct), strict=True)
+                adapter = network, params_lib.select(params, params_lib.is_adapter)
+            self._adapters[name] = adapter
+            selected.append(adapter)
+            if len(self._adapters) > MAX_ADAPTERS:
+                del self._adapters[next(iter(self._adapters))]
+        networks, trees = zip(*selected, strict=True)
         # One program computes all rows, with the adapters' parameters stacked.
         for name, network in zip(distinct, networks, strict=True):
             if network != networks[0]:
