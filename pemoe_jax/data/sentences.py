@@ -200,7 +200,8 @@ def _open(path: str | None, name: str, length: int, use_cached: bool) -> Sentenc
 
 def _feature_dim(name: str, use_cached: bool) -> int:
     """Returns S for embeddings that are a feature of the tasks."""
-    tasks = [seqio_tasks.get_mixture_or_task(task) for task in seqio_tasks.subtask_names(name)]
+    names = seqio_tasks.subtask_names(name, use_cached)
+    tasks = [seqio_tasks.get_mixture_or_task(task) for task in names]
     for task in tasks:
         if SENTENCE_FEATURE not in task.output_features:
             raise InputError(

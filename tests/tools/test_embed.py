@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import pathlib
 
@@ -551,6 +552,32 @@ def test_embeddings_can_be_a_feature_of_the_tasks(folder, tmp_path, monkeypatch,
     capsys.readouterr()
     # Tasks without the feature are unaffected.
     assert "sentence_embedding" not in seqio_tasks.get_mixture_or_task("colour_1").output_features
+
+
+def test_the_size_of_a_feature_is_that_of_a_task_with_a_cache(tmp_path, monkeypatch):
+    """The first task supports caching and has no cache, so that the mixture leaves it out."""
+    import seqio
+
+    from pemoe_jax.tasks.folder_tasks import FolderMixture
+
+    class Skipping(FolderMixture):
+        skips_missing_tasks = True
+        examples_from = eval_examples = None  # abstract, and not called here
+
+    write_vocabulary(tmp_path / "vocab.model")
+    text = _TASKS.format(vocabulary=str(tmp_path / "vocab.model")).replace("with_feature", "sized")
+    (tmp_path / "sized_tasks.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("sized_tasks")
+    task = seqio.TaskRegistry.get("sized")
+    cacheable = [seqio.CacheDatasetPlaceholder(), *task.preprocessors]
+    features = task.output_features
+    seqio.TaskRegistry.add(
+        "cacheable", task.source, preprocessors=cacheable, output_features=features
+    )
+    mixture = Skipping("sized_mixture", ["cacheable", "sized"], 1.0)
+    seqio.MixtureRegistry.add_provider("sized_mixture", mixture)
+    assert sentences._feature_dim("sized_mixture", use_cached=True) == 5
 
 
 def test_help_lists_the_settings(capsys):
