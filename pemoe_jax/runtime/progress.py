@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from pemoe_jax.core.errors import InputError, first_line, plural
 from pemoe_jax.runtime import file_io
 from pemoe_jax.runtime.file_io import AnyPath
@@ -74,7 +76,10 @@ class MetricWriter:
         with self._errors():
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
             self._file.flush()
-            self._tensorboard.write_scalars(step, scalars)
+            # TensorFlow keeps a tensor of each Python number that it converts, 700 bytes, until the
+            # process ends; of numpy's numbers it keeps none.
+            values = {name: np.float32(value) for name, value in scalars.items()}
+            self._tensorboard.write_scalars(step, values)
         if time.monotonic() - self._last_upload > _UPLOAD_SECONDS:
             self.flush()
 

@@ -1,8 +1,11 @@
 """Progress lines without a terminal, and the file of metrics."""
 
+import gc
 import json
 import resource
+import sys
 
+import numpy as np
 import pytest
 
 from pemoe_jax.analysis import plots
@@ -122,3 +125,19 @@ def test_the_best_step_of_a_metric(tmp_path):
     assert progress.best_step(file, "eval/accuracy", [2]) is None
     file.write_text(file.read_text().replace("loss", "accuracy"))
     assert progress.best_step(file, "eval/accuracy", [*losses]) == (2, 2.0)
+
+
+def test_written_scalars_take_no_memory(tmp_path):
+    """TensorFlow keeps each Python number that it converts to a tensor; a long run writes many."""
+    writer = progress.MetricWriter(tmp_path)
+    numbers = iter(np.random.default_rng(0).random(1000).tolist())
+
+    def write(times: int) -> int:
+        for step in range(times):
+            writer.write(step, {f"train/{i}": next(numbers) for i in range(10)})
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = write(20)
+    assert write(60) - before < 300  # 600 numbers
+    writer.close()
