@@ -44,7 +44,7 @@ def test_a_sparse_model_end_to_end(deep_folder, tmp_path, capsys):
 
     assert run("whole") == 0
     out = capsys.readouterr().out
-    assert "upcycled from a dense base: 4 experts in 2 of 4 blocks, noise 0.05\n" in out
+    assert "upcycled from a dense base: 4 experts in 2 of 4 layers, noise 0.05\n" in out
     assert run("parts", TRAIN_STEPS=3) == 0
     assert run("parts", NUM_EXPERTS=8) == 1
     assert "NUM_EXPERTS 4 -> 8" in capsys.readouterr().err
@@ -127,7 +127,7 @@ def test_sparse_step_divides_the_layers_of_the_base(switch):
 def test_a_sparse_base_for_a_dense_model(switch):
     """Refused for training; sentence embeddings are those of its encoder as it is."""
     dense = sparse_model(None)
-    with pytest.raises(InputError, match=r"has 4 experts in one of every 2 blocks: pass a method"):
+    with pytest.raises(InputError, match=r"has 4 experts in one of every 2 layers: pass a method"):
         new_run.take_base_dimensions(dense, switch)
     encoder = encoders.resolve_encoder(encoders.mean_pooled(dense, switch))
     assert encoder.model.sparse == Sparse(4)

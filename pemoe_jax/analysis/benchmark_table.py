@@ -15,10 +15,10 @@ _MAX_NAMED = 20  # a note names at most this many of the missing tasks
 def summarize_benchmarks(
     benchmarks: Iterable[Benchmark], tasks: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Returns a run's `benchmarks` in results.json, name -> return value of `Benchmark.summarize`.
+    """Returns the entry `benchmarks` of a run in results.json: name -> its `Benchmark.summarize`.
 
-    In few-shot evaluation, each also has `shots_left_out`, the number of shots that did not fit.
-    Benchmarks without scores are left out.
+    In few-shot evaluation, each benchmark also has `shots_left_out`, the number of shots (solved
+    examples in front of an input) that did not fit. Benchmarks without scores are left out.
 
     Args:
       benchmarks: the benchmarks to look for among the tasks.
@@ -30,8 +30,8 @@ def summarize_benchmarks(
         scores = {
             name: score
             for name, result in results.items()
-            # Results of `pemoe infer` have an object of metrics, where null is an undefined metric;
-            # those of `pemoe evaluate` have the score in the task's entry itself.
+            # In results of `pemoe infer`, a task has an object of metrics, in which null is an
+            # undefined metric. In results of `pemoe evaluate`, the task itself has the score.
             if (score := result.get("metrics", result).get(benchmark.metric)) is not None
         }
         summary = benchmark.summarize(scores)
@@ -71,10 +71,10 @@ def _table(
     # All runs of a folder have the same tasks.
     first = next(summary for _, summary in by_label.values())
     noun = first["noun"]
-    columns = [*first["areas"].values(), first]
+    means = [*first["areas"].values(), first]
     has_shots = "shots_left_out" in first
     blank = [""] * (1 + has_shots)  # below the columns "method" and "shots"
-    footer = [[f"{noun}s", *blank, *(f"{mean['members']} of {mean['of']}" for mean in columns)]]
+    footer = [[f"{noun}s", *blank, *(f"{mean['members']} of {mean['of']}" for mean in means)]]
     if has_shots:
         # Shots left out are known for the whole benchmark only: one number, below the mean.
         blank += [""] * len(first["areas"])
@@ -85,7 +85,7 @@ def _table(
         [
             [label, str(run.get("method") or MISSING)]
             + ([str(run.get("shots", 0))] if has_shots else [])
-            + [_percent(column["mean"], scale) for column in [*summary["areas"].values(), summary]]
+            + [_percent(mean["mean"], scale) for mean in [*summary["areas"].values(), summary]]
             for label, (run, summary) in by_label.items()
         ],
         footer=footer,

@@ -22,7 +22,7 @@ from pemoe_jax.core.routing import EXPERTS_SITE
 if TYPE_CHECKING:
     from pemoe_jax.core.sparse import Sparse
 
-# Groups: the site, and "router/" if the parameter is the router's.
+# Groups of the match: the site, and "router/" if the parameter is the router's.
 _ADAPTER_PATH = re.compile(r"(?:^|/)(\w+)_adapter/(router/)?")
 # Experts and router of a sparse MLP, whose parameters are named as in T5X's sparse models.
 _SPARSE_PATH = re.compile(r".*?/mlp/(?:expert|(router))/")
@@ -41,9 +41,9 @@ _NOTE_ON_SPARSE_BASE = (
     "The base of a sparse model is the dense model with one expert in each sparse layer, without"
     " routers."
 )
-_NOTE_ON_DENSE_BLOCKS = (
-    "On a sparse model, adapters of MLP sites are in its dense blocks alone, those of attention in"
-    " all blocks."
+_NOTE_ON_DENSE_LAYERS = (
+    "On a sparse model, adapters of MLP sites are in its dense layers alone, those of attention in"
+    " all layers."
 )
 # tests/tools/test_count.py checks the arithmetic of this note. The 9.1M of arXiv 2205.05638 are
 # 9,097,216 parameters at XL: the code of that paper (r-three/t-few, configs/lora.json) adapts every
@@ -69,9 +69,10 @@ class HasShape(Protocol):
 class SiteCount:
     """Trainable parameters at a site, summed over the blocks that have it.
 
+    A block is the attention or the MLP of a layer; a decoder layer has two attention blocks.
+
     Attributes:
-      blocks: number of attention or MLP blocks with trainable parameters at the site; a decoder
-        layer has two attention blocks.
+      blocks: number of blocks with trainable parameters at the site.
       experts: parameters of the experts: vectors, LoRA pairs or whole MLPs.
       router: parameters of the routers.
     """
@@ -93,8 +94,8 @@ class ParameterCount:
       sites: site -> its counts, for the sites with trainable parameters. They are in the order of
         `adapters.SITES`; sparse layers, the site 'mlp/experts', come last.
       used: parameters that a token uses.
-      flops: forward FLOPs of an input token and a target token together, counting the experts that
-        they use, and counting all places of the experts; see `flops.token_flops`.
+      flops: forward FLOPs of an input token and a target token together: with the experts that they
+        use, and with all places of the experts; see `flops.token_flops`.
       is_sparse: whether the model has sparse layers.
     """
 
@@ -146,7 +147,7 @@ def count_parameters(
             site, is_router, block = match[1], bool(match[2]), path[: match.end(1)]
         elif match := _SPARSE_PATH.match(path):
             site, is_router, block = EXPERTS_SITE, bool(match[1]), path.partition("/mlp/")[0]
-            # Kernels of experts are stacked, [E, ...]: the dense base has one of them.
+            # Kernels of experts are stacked, [E, ...]: the dense base has one kernel.
             base += 0 if is_router else size // leaf.shape[0]
         else:
             # The dense base lacks the MLP that EXTRA_MLP adds after each sparse one.
@@ -189,7 +190,7 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
         _NOTE_ON_SHARE: True,
         flops.NOTE_ON_TOKENS: any(count.is_sparse for count in counts),
         _NOTE_ON_SPARSE_BASE: any(count.is_sparse for count in counts),
-        _NOTE_ON_DENSE_BLOCKS: any(
+        _NOTE_ON_DENSE_LAYERS: any(
             count.is_sparse and set(MLP_SITES) & set(count.sites) for count in counts
         ),
         _NOTE_ON_PUBLISHED: any(published),
@@ -224,7 +225,12 @@ def site_tables(name: str, count: ParameterCount) -> list[Table]:
     experts = sum(site.experts for site in count.sites.values())
     total = ["total", "", _number(experts), _number(count.routers), _number(count.trainable)]
     columns = ["site", "blocks", "experts", "routers", "trainable"]
-    return [summary, Table(f"{name}: trainable at each site", columns, rows, footer=[total])]
+    note = (
+        "blocks: attention or MLP blocks with trainable parameters at the site; a decoder layer has"
+        " two attention blocks."
+    )
+    title = f"{name}: trainable at each site"
+    return [summary, Table(title, columns, rows, footer=[total], notes=[note])]
 
 
 def method_label(
@@ -317,8 +323,8 @@ def _sites_by_method(name: str, counts: Sequence[ParameterCount]) -> Table:
         for count in counts
     ]
     note = (
-        "Sites count the vectors, LoRA pairs or whole MLPs of all blocks; routers counts those of"
-        " all sites."
+        "The columns of sites count the vectors, LoRA pairs or whole MLPs of all attention and MLP"
+        " blocks; 'routers' counts the routers of all sites."
     )
     columns = ["method", *sites, "routers", *base]
     return Table(f"{name}: trainable at each site", columns, rows, notes=[note])

@@ -147,12 +147,14 @@ def report_shots(
     num_shots: Sequence[int],
     length: int,
 ) -> None:
-    """Writes <folder>/shots/<task>.jsonl, and prints how many shots did not fit.
+    """Writes <folder>/shots/<task>.jsonl, and prints how many shots were left out.
+
+    Shots are solved examples in front of an input.
 
     Args:
       folder: folder of the results.
       shots_by_task: task -> its shots.
-      num_shots: for each input of all tasks, the number of shots that fit in front of it.
+      num_shots: for each input of all tasks, the number of shots in front of it.
       length: maximum number of tokens of an input with its shots.
     """
     for task, task_shots in shots_by_task.items():
@@ -165,7 +167,8 @@ def report_shots(
     # SHOTS sets the count of all tasks alike.
     count = max(task_shots.count for task_shots in shots_by_task.values())
     total = count * len(num_shots)
-    # Prescribed examples are never replaced: an input that is one of them has one shot fewer.
+    # Examples that a task prescribes, as MMLU does, are never replaced by others: an input that is
+    # one of them has one shot fewer.
     has_prescribed = any(task_shots.is_prescribed for task_shots in shots_by_task.values())
     print(
         f"{plural(count, 'shot')} in front of each input; {total - sum(num_shots):,} of {total:,}"
@@ -176,10 +179,10 @@ def report_shots(
 
 
 def warn_of_other_eos(paths: Sequence[str]) -> None:
-    """Warns of each run that was trained with another P3_INPUTS_EOS than the current value."""
+    """Warns of each run that was trained with a P3_INPUTS_EOS other than the current value."""
     current = gin_flags.macro_value("P3_INPUTS_EOS")
     for path in paths:
-        # A base model, or a run without P3, has no such setting, and no warning.
+        # A base model, or a run without P3, has no such setting and gets no warning.
         trained = run_settings.read_settings(path).get("P3_INPUTS_EOS", str(current))
         if current is not None and trained != str(current):
             seqio_tasks.warn_once(

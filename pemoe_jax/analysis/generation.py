@@ -1,4 +1,4 @@
-"""Greedy decoding of tasks and their metrics, for `pemoe infer`."""
+"""Decodes tasks greedily and computes their metrics, for `pemoe infer`."""
 
 import collections
 import dataclasses
@@ -48,7 +48,7 @@ class Task:
     is_reachable: list[bool] = dataclasses.field(default_factory=list)
     # [S] each for routers that read sentence embeddings, else empty
     sentences: list[np.ndarray] = dataclasses.field(default_factory=list)
-    # extracts from a prediction the answer that metrics compare; None: they compare all of its text
+    # extracts the answer that metrics compare from a prediction; None: metrics compare all its text
     extract_answer: Callable[[str], str] | None = None
     # number of shots in front of each input; empty if zero-shot
     num_shots: list[int] = dataclasses.field(default_factory=list)
@@ -139,8 +139,8 @@ def check_decodes_texts(opened: OpenedModel, vocabulary: Any, setting: str = "VO
     """Raises an InputError that names `setting` if a model cannot read texts of a vocabulary."""
     if vocabulary.vocab_size > opened.model.config.vocab_size:
         raise InputError(
-            f"{setting} must have at most {opened.model.config.vocab_size} ids, the rows of"
-            f" {opened.path}, got {vocabulary.vocab_size}"
+            f"{setting} must have at most {opened.model.config.vocab_size} ids, the vocabulary size"
+            f" of {opened.path}, got {vocabulary.vocab_size}"
         )
     if opened.record is not None:
         seqio_tasks.check_vocabulary(opened.path, opened.record.vocabulary, vocabulary, setting)
@@ -170,7 +170,7 @@ def _print_skipped(reason: str, tasks: Sequence[str]) -> None:
 
 
 def decoded_names(name: str) -> list[str]:
-    """Returns the tasks to decode of a task or mixture: `<task>` in place of `<task>_score_eval`.
+    """Returns the tasks of a task or mixture, with `<task>` in place of `<task>_score_eval`.
 
     Raises:
       InputError: `<task>_score_eval`, which has a row for each answer choice, has no `<task>`.
@@ -188,10 +188,10 @@ def decoded_names(name: str) -> list[str]:
 
 
 def _set_metrics(name: str, task_roles: TaskRoles) -> None:
-    """Adds metrics, those of a folder's INDEX.json or of P3's table, to a task that has none.
+    """Adds the metrics of a folder's INDEX.json, or else of P3's table, to a task without metrics.
 
     Raises:
-      InputError: the task has a metric of scores, which decoding does not compute.
+      InputError: the task has a metric that needs more than predictions, such as scores.
     """
     from pemoe_jax.tasks.p3 import published  # here, as importing P3 registers its tasks
 
@@ -265,7 +265,7 @@ def _read_examples(
 def is_reachable(vocabulary: Any, text: str, max_length: int) -> bool:
     """Returns whether decoding at most `max_length` tokens can produce a text, up to whitespace.
 
-    A vocabulary lacks characters (T5's has no braces), and changes others ('½' to '1/2').
+    A vocabulary may lack characters (T5's has no braces) and change others ('½' to '1/2').
     """
     ids = vocabulary.encode(text)
     return len(ids) <= max_length and vocabulary.decode(ids).split() == text.split()
@@ -284,7 +284,7 @@ def decode(
 ) -> collections.deque[np.ndarray]:
     """Returns the decoded tokens [length] of every example, task after task.
 
-    The result is a deque, so that the caller takes the examples of each task off its left end.
+    The result is a deque, so that the caller can take the examples of each task from its left end.
 
     Raises:
       InputError: the model's logits for an example are not finite.

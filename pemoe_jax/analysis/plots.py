@@ -48,12 +48,13 @@ _SITE = re.compile(
 def loss_curve(metrics: str | AnyPath, png: str | AnyPath, *, title: str = "Training") -> AnyPath:
     """Draws loss, accuracy and learning rate over steps, one panel for each recorded metric.
 
-    Training is drawn as a running mean over the raw values, evaluation as points. A training loss
-    or accuracy is the mean of the steps since the last report, so it is drawn in their middle.
+    Training is drawn as a line, with a running mean if there are at least 20 values, and evaluation
+    as points. A training loss or accuracy is the mean of the steps since the last report, so it is
+    drawn in the middle of these steps.
 
     Args:
-      metrics: a metrics.jsonl with lines `{"step": 10, "train/loss": 2.3, "eval/loss": 2.5, …}`.
-        A resumed run repeats steps, of which the last line of each counts.
+      metrics: a metrics.jsonl with lines `{"step": 10, "train/loss": 2.3, "eval/loss": 2.5, …}`. A
+        resumed run may repeat steps; of each metric of a step, the last value counts.
       png: output file.
       title: title of the figure.
 
@@ -64,7 +65,7 @@ def loss_curve(metrics: str | AnyPath, png: str | AnyPath, *, title: str = "Trai
     series: dict[str, dict[str, np.ndarray]] = {}
     for metric in _LOSS_PANELS:
         for name in (f"train/{metric}", f"eval/{metric}"):
-            # Skips steps without this metric, for which "" stands, and a metric that is a text.
+            # Skips steps without this metric, for which "" stands, and metrics that are text.
             steps = sorted(s for s, row in rows.items() if not isinstance(row.get(name, ""), str))
             if steps:
                 is_mean = name.startswith("train/") and metric != "learning_rate"
@@ -79,24 +80,24 @@ def loss_curve(metrics: str | AnyPath, png: str | AnyPath, *, title: str = "Trai
     figure = import_pyplot().figure(figsize=size, layout="constrained")
     axes = figure.subplots(len(series), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     color = COLORS[0]
-    for axis, (metric, curves) in zip(axes, series.items(), strict=True):
+    for ax, (metric, curves) in zip(axes, series.items(), strict=True):
         for name, curve in curves.items():
             steps, values = curve
             if name.startswith("eval/"):
-                axis.plot(steps, values, "o", ms=5, color=color, mec="white", label="evaluation")
+                ax.plot(steps, values, "o", ms=5, color=color, mec="white", label="evaluation")
             elif metric == "learning_rate" or len(steps) < 20:
-                axis.plot(steps, values, color=color, lw=1.8, label="training")
+                ax.plot(steps, values, color=color, lw=1.8, label="training")
             else:
-                axis.plot(steps, values, color=color, lw=0.6, alpha=0.3)
+                ax.plot(steps, values, color=color, lw=0.6, alpha=0.3)
                 # Each mean is over a tenth of the curve.
                 smooth = _running_mean(values, len(values) // 20)
-                axis.plot(steps, smooth, color=color, lw=1.8, label="training")
-        axis.set_ylabel(_LOSS_PANELS[metric][0])
-        axis.grid(color=GRID_COLOR, lw=0.8)
-        axis.set_axisbelow(True)
-        axis.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
+                ax.plot(steps, smooth, color=color, lw=1.8, label="training")
+        ax.set_ylabel(_LOSS_PANELS[metric][0])
+        ax.grid(color=GRID_COLOR, lw=0.8)
+        ax.set_axisbelow(True)
+        ax.ticklabel_format(axis="y", scilimits=(-2, 4), useOffset=False)
         if metric == "learning_rate":
-            axis.set_ylim(bottom=0)  # so that a constant rate looks constant
+            ax.set_ylim(bottom=0)  # so that a constant rate looks constant
     axes[-1].set_xlabel("step")
     # Short runs would get ticks at fractions of a step.
     axes[-1].xaxis.get_major_locator().set_params(integer=True)
@@ -125,12 +126,12 @@ def routing_map(
       png: output file.
       trained: tasks that the model was trained on, drawn above the others; None draws all alike.
       max_ratio: upper end of the scale, whose lower end is the inverse; None selects the smallest
-        of `_MAP_SCALES` that contains all ratios, or the largest of them.
+        of `_MAP_SCALES` that contains all ratios, or the largest one if none does.
       title: title of the figure.
       quantity: name of the values, for the color bar.
 
     Raises:
-      InputError: probabilities have different lengths.
+      InputError: there are no probabilities, or they have different lengths.
     """
     shapes = sorted({np.shape(p) for by_task in probs.values() for p in by_task.values()})
     if len(shapes) != 1 or len(shapes[0]) != 1:
@@ -168,15 +169,15 @@ def routing_map(
         for column, site in enumerate(line):
             x = left + column * pitch
             rect = (x / width, y / height, panel_width / width, panel_height / height)
-            axis = figure.add_axes(rect)
-            axes_image = _draw_map_panel(axis, images[site], limit)
-            axis.set_title(_site_title(site), size=9, c=TEXT_COLOR, pad=4, loc="left")
+            ax = figure.add_axes(rect)
+            axes_image = _draw_map_panel(ax, images[site], limit)
+            ax.set_title(_site_title(site), size=9, c=TEXT_COLOR, pad=4, loc="left")
             if None in rows:
-                axis.axhline(len(above), color=MUTED_COLOR, lw=0.8)
+                ax.axhline(len(above), color=MUTED_COLOR, lw=0.8)
             if column == 0:
-                axis.set_xlabel("expert", size=8, c=TEXT_COLOR, loc="left", labelpad=1)
-                axis.set_yticks(range(len(rows)), [task or _HELD_OUT for task in rows])
-                for task, label in zip(rows, axis.get_yticklabels(), strict=True):
+                ax.set_xlabel("expert", size=8, c=TEXT_COLOR, loc="left", labelpad=1)
+                ax.set_yticks(range(len(rows)), [task or _HELD_OUT for task in rows])
+                for task, label in zip(rows, ax.get_yticklabels(), strict=True):
                     is_held_out = None in rows and task not in above
                     label.set_color(ACCENT_COLOR if is_held_out else TEXT_COLOR)
                     label.set_fontweight("bold" if task is None else "normal")
@@ -233,24 +234,24 @@ def text_width(text: str, size: float) -> float:
     return TextPath((0, 0), text, size=size).get_extents().width / 72  # 72 points are an inch
 
 
-def _draw_map_panel(axis: Axes, image: np.ndarray, limit: float) -> AxesImage:
-    """Draws log ratios [rows, E]; NaN is white."""
+def _draw_map_panel(ax: Axes, image: np.ndarray, limit: float) -> AxesImage:
+    """Draws the cells of a site from log ratios [rows, E]; NaN is white."""
     from matplotlib import colormaps
 
     rows, experts = image.shape
     colors = colormaps["PuOr_r"].with_extremes(bad="white")
-    axes_image = axis.imshow(image, colors, aspect="auto", interpolation="none")
+    axes_image = ax.imshow(image, colors, aspect="auto", interpolation="none")
     axes_image.set_clim(-limit, limit)
     # White grid lines at the minor ticks separate the cells.
-    axis.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
-    axis.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
-    axis.grid(which="minor", color="white", lw=0.8)
-    axis.tick_params(which="both", length=0, labelsize=8, pad=2)
-    axis.spines[:].set_visible(False)
-    # Many experts are labeled 1, 10, 20, …, few ones all.
-    marks = [0, *range(9, experts, 10)] if experts > 16 else list(range(experts))
-    axis.set_xticks(marks, [str(expert + 1) for expert in marks])
-    axis.set_yticks([])
+    ax.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
+    ax.set_yticks(np.arange(rows + 1) - 0.5, minor=True)
+    ax.grid(which="minor", color="white", lw=0.8)
+    ax.tick_params(which="both", length=0, labelsize=8, pad=2)
+    ax.spines[:].set_visible(False)
+    # Up to 16 experts are all labeled, more only as 1, 10, 20, …
+    labeled = [0, *range(9, experts, 10)] if experts > 16 else list(range(experts))
+    ax.set_xticks(labeled, [str(expert + 1) for expert in labeled])
+    ax.set_yticks([])
     return axes_image
 
 
@@ -263,7 +264,7 @@ def _log_ratios(by_task: Mapping[str, Any], rows: Sequence[str | None], experts:
 
 
 def _panel_lines(sites: Sequence[str], max_panels: int) -> list[list[str]]:
-    """Splits sites into lines of panels.
+    """Splits sites into lines of at most `max_panels` panels.
 
     A stack begins a new line. A layer is split only if it has more than `max_panels` sites.
     """
@@ -315,7 +316,7 @@ def _read_metrics(file: AnyPath) -> dict[int, dict[str, Any]]:
 
 
 def _window_middles(steps: Sequence[int]) -> np.ndarray:
-    """Returns the middle of the steps that each report covers: those after the previous report."""
+    """Returns the middle of the steps that each report covers, which follow the previous report."""
     last = np.array(steps, float)
     first = np.array([0, *steps[:-1]]) + 1.0
     return (first + last) / 2
@@ -324,8 +325,8 @@ def _window_middles(steps: Sequence[int]) -> np.ndarray:
 def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     """Returns the mean of each value and its neighbors, ignoring values that are not finite.
 
-    There are `width` neighbors on each side, fewer near the ends, but always equally many on both
-    sides: a mean over more earlier values than later ones would lag behind a trend.
+    There are `width` neighbors on each side, or fewer near the ends, but always equally many on
+    both sides: a mean over more earlier values than later ones would lag behind a trend.
     """
     finite = np.isfinite(values)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])

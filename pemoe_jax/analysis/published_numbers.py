@@ -2,7 +2,7 @@
 
 "The paper" is arXiv 2309.05444 (MoV, MoLORA). Its figures are quoted second-hand, from a summary by
 others (`PAPER_SOURCE`), since the paper's own tables were not consulted. The figures of T0 come
-from two model cards. No figure is computed from other figures. Figures without a source are
+from two model cards. No figure is computed from others. The following have no source and are
 omitted: the paper's accuracies by dataset, its averages for (IA)³, LoRA and MoLORA, its accuracies
 at 770M and 11B, and its shares of trainable parameters for MoLORA-10 and, at 3B, MoV-60.
 """
@@ -18,8 +18,8 @@ COLUMNS = ("ANLI", "CB", "RTE", "WSC", "WiC", "COPA", "WNG", "HS")
 PAPER_SOURCE = "github.com/Krebbet/wiki-kit, wiki/research/moe-adapters/mov-molora.md"
 _T0_CARD = "huggingface.co/hamishivi/hypertask_T0_"
 
-# The sites at which the paper puts (IA)³ vectors and LoRA pairs, in the order of `adapters.SITES`:
-# `counts` compares them with those of a model.
+# The sites at which the paper puts (IA)³ vectors and LoRA pairs. They are in the order of
+# `adapters.SITES`, because `counts` compares them with the sites of a model.
 _MOV_SITES = ("key", "value", "gate")
 _LORA_SITES = ("query", "key", "value", "out", "wi_0", "wo")
 # Parameters of T5 v1.1 XL and XXL, which the papers call 3B and 11B.

@@ -25,8 +25,8 @@ def summary_lines(
     Args:
       model: the network.
       base: the entry `base` of the run's record.
-      lengths: tokens of 'inputs' and 'targets'.
-      batch_size: rows of a microbatch, over all devices.
+      lengths: numbers of tokens of 'inputs' and 'targets' in a row of the batch.
+      batch_size: number of rows of a microbatch, over all devices.
     """
     if model.sparse is None:
         return {}
@@ -34,7 +34,7 @@ def summary_lines(
     depth = config.num_encoder_layers + config.num_decoder_layers
     # SPARSE_STEP divides the layers of each stack, as `network` checks.
     num_sparse = depth // sparse.sparse_step
-    experts = f"{sparse.num_experts} experts in {num_sparse} of {depth} blocks"
+    experts = f"{sparse.num_experts} experts in {num_sparse} of {depth} layers"
     if upcycled := base.get("upcycled"):
         noise = f", noise {upcycled['noise']:g}" if upcycled["noise"] else ""
         experts = f"upcycled from a dense base: {experts}{noise}"
@@ -45,22 +45,22 @@ def summary_lines(
                 "; the start is not the dense function: COMBINE='probability' multiplies outputs"
                 f" by about {sparse.top_k}/{sparse.num_experts}"
             )
-    by_stack = {"encoder": lengths["inputs"], "decoder": lengths["targets"]}
+    stack_lengths = {"encoder": lengths["inputs"], "decoder": lengths["targets"]}
     lines = {
         "experts": experts,
         "places": "; ".join(
             f"{stack}: {_describe_places(sparse, stack, length, batch_size)}"
-            for stack, length in by_stack.items()
+            for stack, length in stack_lengths.items()
         ),
         "a token": _describe_token_cost(model),
     }
     if sites := [site for site in model.adapters.sites() if site in MLP_SITES]:
-        lines["adapters"] = f"at {', '.join(sites)} in the {depth - num_sparse} dense blocks alone"
+        lines["adapters"] = f"at {', '.join(sites)} in the {depth - num_sparse} dense layers alone"
     return lines
 
 
 def _describe_token_cost(model: Transformer) -> str:
-    """Describes the parameters and forward FLOPs that a token takes."""
+    """Describes the parameters that a token uses and the forward FLOPs that it takes."""
     shapes = params_lib.flatten(network.param_shapes(model))
     used = flops.used_parameters(shapes, model.sparse)
     reads = flops.describe_router_reads(adapters.describe(model.adapters))
@@ -72,7 +72,7 @@ def _describe_token_cost(model: Transformer) -> str:
 
 
 def _describe_places(sparse: Sparse, stack: str, length: int, batch_size: int) -> str:
-    """Describes how many tokens of a group an expert takes in training, and if some are dropped."""
+    """Describes how many of a group's tokens an expert takes in training, and what it must drop."""
     tokens = flops.tokens_per_group(sparse, batch_size, length, partitioning.data_parallelism())
     places = sparse.group_capacity(tokens, deterministic=False)
     if sparse.routing == "experts" and stack == "encoder":
@@ -83,7 +83,7 @@ def _describe_places(sparse: Sparse, stack: str, length: int, batch_size: int) -
     if places is None or places >= tokens:
         return f"an expert takes all of {tokens} tokens"
     text = f"an expert takes up to {places} of {tokens} tokens"
-    # Even perfectly balanced routing drops the assignments that exceed all places together.
+    # Even perfectly balanced routing drops the assignments beyond the places of all experts.
     assignments = sparse.top_k * tokens
     if (excess := assignments - sparse.num_experts * places) > 0:
         text += f", at least {format_share(excess, assignments)} of assignments are dropped"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
 MISSING = "–"
-# Heading of the number of shots that did not fit, summed over the examples.
+# Heading of the number of shots (solved examples in front of an input) that did not fit.
 SHOTS_LEFT_OUT = "shots left out"
 
 

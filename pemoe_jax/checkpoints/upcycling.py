@@ -79,7 +79,7 @@ def should_upcycle(model: Transformer, base: BaseModel) -> bool:
 
 
 def _blocks(step: int) -> str:
-    return "every block" if step == 1 else f"one of every {step} blocks"
+    return "every layer" if step == 1 else f"one of every {step} layers"
 
 
 @dataclasses.dataclass(frozen=True)

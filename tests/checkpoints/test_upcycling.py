@@ -224,7 +224,7 @@ def test_experts_are_sharded_as_they_are_copied(dense):
 @pytest.mark.parametrize(
     ("sparse", "message"),
     [
-        (None, r"has 4 experts in one of every 2 blocks: pass a method with experts .* a dense"),
+        (None, r"has 4 experts in one of every 2 layers: pass a method with experts .* a dense"),
         (Sparse(8), r"NUM_EXPERTS must be 4, as in the base model .*, got 8$"),
         (Sparse(4, sparse_step=1), r"SPARSE_STEP must be 2, as in the base model .*, got 1$"),
         (Sparse(4, extra_mlp=True), r"EXTRA_MLP must be False, as in the base model .*, got True$"),
@@ -258,31 +258,31 @@ LENGTHS = {"inputs": 128, "targets": 32}
     [
         (
             Sparse(8, combine="straight"),
-            "2 of 4 blocks|encoder: an expert takes up to 20 of 128 tokens; decoder: an expert"
+            "2 of 4 layers|encoder: an expert takes up to 20 of 128 tokens; decoder: an expert"
             " takes up to 5 of 32 tokens",
         ),
         # C = round(1.25 · 128 / 8) = 20: 160 places for 256 assignments.
         (
             Sparse(8, top_k=2),
-            "2 of 4 blocks; the start is not the dense function: COMBINE='probability' multiplies"
+            "2 of 4 layers; the start is not the dense function: COMBINE='probability' multiplies"
             " outputs by about 2/8|encoder: an expert takes up to 20 of 128 tokens, at least 37.5 %"
             " of assignments are dropped; decoder: an expert takes up to 5 of 32 tokens, at least"
             " 37.5 % of assignments are dropped",
         ),
         (
             Sparse(8, combine="normalized", top_k=2, capacity_factor=None),
-            "2 of 4 blocks|encoder: an expert takes all of 128 tokens; decoder: an expert takes all"
+            "2 of 4 layers|encoder: an expert takes all of 128 tokens; decoder: an expert takes all"
             " of 32 tokens",
         ),
         (
             Sparse(8, routing="experts", combine="straight", capacity=200),
-            "2 of 4 blocks|encoder: an expert chooses 128 of 128 tokens (clipped from 200);"
+            "2 of 4 layers|encoder: an expert chooses 128 of 128 tokens (clipped from 200);"
             " decoder: an expert takes all of 32 tokens",
         ),
         # 4 rows of 128 in at least E = 8 groups, and of 32 too.
         (
             Sparse(8, combine="straight", group=256),
-            "2 of 4 blocks|encoder: an expert takes up to 10 of 64 tokens; decoder: an expert takes"
+            "2 of 4 layers|encoder: an expert takes up to 10 of 64 tokens; decoder: an expert takes"
             " up to 4 of 16 tokens",
         ),
     ],
@@ -305,8 +305,8 @@ def test_lines_of_other_models():
     assert sparse_layers.summary_lines(DENSE, {}, LENGTHS, 4) == {}
     mov = sparse_model(Sparse(8, combine="straight"), "mov")
     lines = sparse_layers.summary_lines(mov, {}, LENGTHS, 4)
-    assert lines["experts"] == "8 experts in 2 of 4 blocks"
-    assert lines["adapters"] == "at gate in the 2 dense blocks alone"
+    assert lines["experts"] == "8 experts in 2 of 4 layers"
+    assert lines["adapters"] == "at gate in the 2 dense layers alone"
     noisy = {"upcycled": {"seed": 0, "noise": 0.02}}
     lines = sparse_layers.summary_lines(mov, noisy, LENGTHS, 4)
-    assert lines["experts"].endswith("8 experts in 2 of 4 blocks, noise 0.02")
+    assert lines["experts"].endswith("8 experts in 2 of 4 layers, noise 0.02")

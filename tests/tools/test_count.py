@@ -198,7 +198,7 @@ def test_pages_of_methods_show_what_the_command_prints(sizes, page, method):
 
 
 def test_adapters_of_a_sparse_model(capsys):
-    """Sites of the MLP are in the 12 dense blocks, those of attention in all 36."""
+    """Sites of the MLP are in the 12 dense layers, those of attention in all 36."""
     flags = [f"--gin_file={name}.gin" for name in ("models/t5_1_1_base", "methods/flan_switch")]
     flags += ["--gin_file=methods/mov.gin", "--gin.sparse.Sparse.num_experts=8"]
     assert count.main([*flags, "--markdown"]) == 0
@@ -206,7 +206,7 @@ def test_adapters_of_a_sparse_model(capsys):
     summary, sites = read(text).values()
     assert summary["mov-10 on 8 experts"]["total"] == f"{644_013_312 + 1_090_560:,}"
     assert sites["key"]["blocks"] == "36" and sites["gate"]["blocks"] == "12"
-    assert "adapters of MLP sites are in its dense blocks alone" in text
+    assert "adapters of MLP sites are in its dense layers alone" in text
 
 
 # --- published figures ---

@@ -83,9 +83,10 @@ class StepArguments:
 def estimate_cost(step: TrainStep, layout: MeshLayout, every_layer: bool = False) -> StepCost:
     """Compiles a step for a mesh and reads its cost on each device.
 
-    The layers of a stack cost the same, or each period of a sparse model does. A deep model is
-    therefore compiled with 2 and with 4 layers, and the cost of its other layers is extrapolated,
-    which saves minutes and gigabytes at XXL.
+    All layers of a stack cost the same; in a sparse model, all periods of dense and sparse layers
+    do. A deep model is therefore compiled with a few layers and with twice as many (see
+    `compiled_depths`), and the cost of the others is extrapolated, which saves minutes and
+    gigabytes at XXL.
 
     Args:
       step: the train step.
@@ -130,12 +131,12 @@ def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
     """Returns a mesh of virtual devices.
 
     Raises:
-      InputError: there are too few devices, or they do not divide the batch.
+      InputError: there are too few devices, or the batch cannot be divided among them.
     """
     devices = jax.devices("cpu")
     if len(devices) < layout.devices:
         raise InputError(
-            f"--mesh must have at most {len(devices)} devices, those of this process, got {layout}"
+            f"--mesh must have at most {len(devices)} devices, as this process has, got {layout}"
         )
     mesh = partitioning.make_mesh(layout.model, devices[: layout.devices], layout.expert)
     partitioning.check_batch_size(step.batch_size, mesh, step.microbatches)
@@ -162,7 +163,7 @@ def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepA
     arrays = params_lib.unflatten({path: abstract(path) for path in shapes})
     params, frozen = params_lib.split(arrays, step.trainable)
     if model.config.scan_layers:
-        # As `pemoe train` stacks frozen layers before the loop over them.
+        # `pemoe train` also stacks frozen layers before the loop over them.
         frozen = network.stack_layers(model, frozen, stacks.stack_abstract)
     state = jax.eval_shape(lambda p: steps.TrainState.create(p, step.optimizer), params)
     # `eval_shape` drops shardings, so they are set on the result.
@@ -177,7 +178,7 @@ def abstract_arguments(step: TrainStep, mesh: Mesh, fsdp: bool = False) -> StepA
 def compile_step(
     step: TrainStep, mesh: Mesh, fsdp: bool = False, **options: str | bool
 ) -> jax.stages.Compiled:
-    """Compiles a train step for a mesh of virtual devices; for `options` see `compile_lowered`."""
+    """Compiles a train step for a mesh of virtual devices, with `options` of `compile_lowered`."""
     arguments = jax.tree.map(_as_float16, abstract_arguments(step, mesh, fsdp))
     model = step.model
     if jnp.dtype(model.config.dtype) == jnp.bfloat16:
@@ -228,7 +229,7 @@ def compiled_depths(
         return [first, (deeper, deeper)]
     last = (min(encoder, deeper), min(decoder, deeper))
     # One stack is deepened at a time. For a stack of at most `shallow` layers, this is `first`
-    # again, which the dict drops.
+    # again, and the dict drops the duplicate.
     return list(dict.fromkeys([first, (last[0], first[1]), (first[0], last[1])]))
 
 
@@ -244,7 +245,7 @@ def extrapolate(
     for name in dict.fromkeys(name for values in measured for name in values):
         total = base = measured[0].get(name, 0)  # a program may lack a kind of collectives
         for depth, values in zip(depths[1:], measured[1:], strict=True):
-            # Each further depth differs from the first in one stack, or by as many layers in both.
+            # Each further depth differs from the first in one stack, or equally in both stacks.
             stack = 0 if depth[0] != start[0] else 1
             per_layer = (values.get(name, 0) - base) / (depth[stack] - start[stack])
             total += per_layer * (goal[stack] - start[stack])
@@ -302,7 +303,7 @@ def _router_reads(model: network.Transformer) -> dict[str, str | None]:
 
 
 def _as_float16(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Replaces bfloat16, which the CPU compiler would widen, by float16, which has its size."""
+    """Replaces bfloat16, which the CPU compiler would widen, by float16, which has the same size."""
     return leaf.update(dtype=jnp.float16) if leaf.dtype == jnp.bfloat16 else leaf
 
 

@@ -31,12 +31,12 @@ _NOTE_ON_COLLECTIVES = (
 )
 _NOTE_ON_FLOPS = (
     "FLOPs: those of the compiled program on each device. Multiple: the FLOPs of all devices,"
-    " divided by the model's, which are its matrix products by formula, with the gradients of"
-    " activations and of trainable weights. Tokens: inputs and targets."
+    " divided by the model's. These are its matrix products by formula, with the gradients of"
+    " activations and of trainable weights. A token is an input or target token."
 )
 _NOTE_ON_PLACES = (
-    "Experts: the parts count the experts that a token uses. The last line counts all places of the"
-    " experts, which are computed in training whether they hold a token or not."
+    "Experts: all lines but the last count the experts that a token uses. The last line counts all"
+    " places of the experts, which are computed in training whether they hold a token or not."
 )
 
 
@@ -55,7 +55,8 @@ class MeshLayout:
         match = re.fullmatch(r"([1-9]\d*)(x[1-9]\d*)?x([1-9]\d*)(:fsdp)?", text)
         if not match:
             raise InputError(
-                f"--mesh must be DATAxMODEL or DATAxEXPERTxMODEL, or one with :fsdp, got {text!r}"
+                "--mesh must be DATAxMODEL or DATAxEXPERTxMODEL, optionally with :fsdp at the end,"
+                f" got {text!r}"
             )
         expert = int((match[2] or "x1")[1:])
         return cls(int(match[1]), int(match[3]), fsdp or bool(match[4]), expert)
@@ -173,7 +174,7 @@ def _share(peak: int, chip: Chip) -> str:
 
 def _overhead(cost: StepCost) -> str:
     """Returns the FLOPs of all devices as a multiple of the model's."""
-    # It exceeds 1 by what rematerialization recomputes, and by work that devices replicate instead
-    # of sharing it. Empty places of experts do not raise it: the method computes them on any mesh.
+    # Above 1 is what rematerialization recomputes, and work that devices replicate instead of
+    # sharing it. Empty places of experts are in both numbers: they are computed on any mesh.
     total = cost.model_flops.with_places or cost.model_flops.total
     return f"{cost.flops * cost.devices / total:.2f} ×"

@@ -6,8 +6,9 @@ of queries with keys and of probabilities with values. In a row of Lq queries an
 heads of size K, they take 4·Lq·Lk·H·K FLOPs forward and twice that backward. Elementwise operations
 are not counted.
 
-A sparse layer has two counts. A token passes through k of its E experts, which is the method's
-count. A device computes all of the E experts' C places, whether they hold a token or not.
+Sparse layers are counted in two ways. The first counts the k of E experts that a token passes
+through. The second counts the C places (capacity slots) of each of the E experts, all of which a
+device computes, whether they hold a token or not.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ NOTE_ON_FLOPS = (
     " without those between tokens."
 )
 NOTE_ON_TOKENS = (
-    "activated: the parameters that a token uses: k of E experts in each sparse layer (or as many"
-    " as choose a token on average, if experts choose tokens), and all parameters of other layers."
-    f" {NOTE_ON_FLOPS} With places: the same for what sparse layers compute in training, E experts"
-    " with C places each, filled or not."
+    "activated: the parameters that a token uses, namely k of E experts in each sparse layer (or as"
+    " many as choose a token on average, if experts choose tokens) and all parameters of other"
+    f" layers. {NOTE_ON_FLOPS} With places: the FLOPs if each of the E experts of a sparse layer"
+    " computes all of its C places, filled or not, as in training."
 )
 
 
@@ -46,8 +47,7 @@ class StepFlops:
       backward: gradients of the activations in this forward pass.
       weights: gradients of the base's trainable weights.
       adapters: adapters and their routers, forward and backward.
-      with_places: the total if the experts of sparse layers compute all their places; None for a
-        dense model.
+      with_places: the total if all places of the experts are counted; None for a dense model.
     """
 
     forward: int
@@ -83,7 +83,8 @@ def train_step_flops(
       router_reads: site -> `Router.reads`: 'x', 'y', 'sentence', or None for the default of the
         expert module.
       examples: number of examples of equal length packed into a row; each attends to itself only.
-      sparse: settings of the sparse layers; groups of tokens are those of one device.
+      sparse: settings of the sparse layers; None for a dense model. Tokens are grouped as on one
+        device.
     """
     inputs, targets = lengths
     # Pairs of a query and a key: the decoder attends to targets and to inputs. Masked pairs are
@@ -140,7 +141,7 @@ def used_share(path: str, sparse: Sparse | None, group_tokens: int | None = None
 
 
 def _large_group(sparse: Sparse) -> int | None:
-    """Returns a number of tokens for which C is not rounded; None if C does not depend on it."""
+    """Returns a group size for which C is not rounded; None if `Sparse.capacity` sets C."""
     return 1000 * sparse.num_experts if sparse.capacity is None else None
 
 
@@ -153,8 +154,8 @@ def token_flops(
 
     Returns:
       The FLOPs with the experts that a token uses, and those with all places of the experts in
-      groups so large that C is not rounded. Both are equal for a fixed `Sparse.capacity`, whose
-      places per token depend on the size of a group.
+      groups so large that C is not rounded. With a fixed `Sparse.capacity`, places per token depend
+      on the size of the group, so the second number is the same as the first.
     """
     by_choice = by_places = 0.0
     group = None if sparse is None else _large_group(sparse)
@@ -180,7 +181,7 @@ def describe_router_reads(adapters: Mapping[str, Mapping[str, Any]]) -> dict[str
 
 
 def tokens_per_group(sparse: Sparse, rows: int, length: int, devices: int = 1) -> int:
-    """Returns the size of a group, the tokens among which an expert's places are shared.
+    """Returns the size of a group: the number of tokens that compete for an expert's places.
 
     Args:
       sparse: settings of the sparse layers.
@@ -192,7 +193,7 @@ def tokens_per_group(sparse: Sparse, rows: int, length: int, devices: int = 1) -
         return length
     from pemoe_jax.core import dispatch  # imports jax, which `cost_tables` does without
 
-    # As `core.experts` forms T5X's groups: padding makes the tokens a multiple of the groups.
+    # `core.experts` forms T5X's groups in the same way: it pads the tokens to a multiple of them.
     multiple = devices * sparse.num_experts
     more_rows, more_columns = dispatch.group_padding(rows, length, multiple)
     tokens = (rows + more_rows) * (length + more_columns)
@@ -207,7 +208,7 @@ def _multiplications(
     rows: int,
     router_reads: Mapping[str, str | None],
 ) -> int:
-    """Returns how often elements of a parameter are multiplied by an activation in a batch."""
+    """Returns the number of products of an element of a parameter and an activation in a batch."""
     size = math.prod(shape)
     # Keys and values of cross-attention are projections of the encoder's output.
     reads_inputs = path.startswith("encoder/") or re.search(
@@ -232,5 +233,5 @@ def _multiplications(
     if path.endswith(("/kernel", "/lora_a", "/lora_b")):
         return by_tokens
     if path == "token_embedder/embedding" and "decoder/logits_dense/kernel" not in shapes:
-        return by_tokens  # the logits of T5 1.0, which shares the embedding with them
+        return by_tokens  # T5 1.0 computes the logits with the embedding
     return 0  # embedding lookups, norm scales and position biases

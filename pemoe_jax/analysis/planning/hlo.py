@@ -20,7 +20,7 @@ _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.-]+) = (.*?) ([a-z][a-z0-9-]*)\((.*)$")
 # An array in a shape, such as "bf16[8,128]": dtype and dimensions.
 _ARRAY = re.compile(r"([a-z]+[0-9]*[a-z0-9]*)\[([0-9,]*)\]")
-# Computations that an instruction runs. The condition of a loop, on scalars, is left out.
+# Computations that an instruction runs, except the condition of a loop, which is on scalars.
 _CALLED = re.compile(r"(?:calls|to_apply|body|branch_computations)=(\{[^}]*\}|%[\w.-]+)")
 _TRIP_COUNT = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONTRACTING_DIMS = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
@@ -84,7 +84,8 @@ def collectives(program: Program) -> dict[str, tuple[int, int]]:
             kind = instruction.opcode
             if kind not in COLLECTIVES:
                 continue
-            # An all-to-all has a tuple of the parts of one array, others a tuple of several arrays.
+            # The shape of an all-to-all is a tuple of the parts of one array; that of other
+            # collectives may be a tuple of several arrays.
             arrays = 1 if kind == "all-to-all" else len(_ARRAY.findall(instruction.shape))
             size = shape_bytes(instruction.shape)
             # The output of a reduce-scatter is one shard of its input.
@@ -96,7 +97,7 @@ def collectives(program: Program) -> dict[str, tuple[int, int]]:
 
 
 def matrix_product_flops(program: Program) -> tuple[int, int]:
-    """Returns the FLOPs of all matrix products, counting each once, and as often as it runs."""
+    """Returns the FLOPs of all matrix products, counted once each and as often as they run."""
     once = total = 0
     for name, runs in program.run_counts.items():
         instructions = program.computations.get(name, [])
@@ -131,7 +132,7 @@ def _add_runs(
         if instruction.opcode in _SCALAR_CALLERS:
             continue
         match = _TRIP_COUNT.search(instruction.rest) if instruction.opcode == "while" else None
-        # A loop of unknown length counts as one run, and each branch of a conditional too.
+        # A loop of unknown length and each branch of a conditional count as one run.
         trips = int(match[1]) if match else 1
         for names in _CALLED.findall(instruction.rest) if trips else ():
             for called in _NAME.findall(names):

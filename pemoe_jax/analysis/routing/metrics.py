@@ -1,4 +1,8 @@
-"""Metrics of probed routers: expert distributions, entropies, task distances, top tokens.
+"""Metrics of a trained model's routers, from the totals of `probe` (not the metrics of training).
+
+A probe runs a trained model on examples and sums its router probabilities. This module computes
+distributions over experts, entropies, distances of tasks, loads and top tokens from these sums. The
+metrics that a run logs while it trains are `core.routing.STATISTICS`.
 
 A mean distribution divides each expert's total probability by the total over all experts. It
 therefore sums to one even for top-k routers, whose probabilities may sum to less.
@@ -32,18 +36,18 @@ DISTANCE_DEFINITION = (
 
 @dataclass(frozen=True)
 class ProbedTask:
-    """A probed task.
+    """A task whose examples were probed.
 
     Attributes:
-      name, dataset: its name, and the dataset that it belongs to.
-      seen: whether the run was trained on the dataset; None if unknown.
+      name, dataset: name of the task, and of the dataset that it belongs to.
+      is_trained: whether the run was trained on the dataset; None if unknown.
       split: the split that examples were read from.
       examples: number of probed examples.
     """
 
     name: str
     dataset: str
-    seen: bool | None
+    is_trained: bool | None
     split: str
     examples: int
 
@@ -54,16 +58,16 @@ class ProbeResult:
 
     Attributes:
       run: the run's name, method, checkpoint, step and parameter counts.
-      tasks: T tasks, in the order of the rows of `totals`.
-      totals: totals as NumPy arrays.
+      tasks: T tasks, in the order of the axis T of `totals`.
+      totals: the totals, as NumPy arrays.
       experts: {site: E} of every router, in layer order.
-      sites: sites shown in maps, distances and token tables.
+      sites: the sites shown in detail: in maps, distances of tasks, and tables of tokens.
       pieces: {token id: text} of the tokens that occurred.
-      min_count: top tokens must occur at least this often.
+      min_count: how often a token must occur to be a top token.
       dispatch: {site: counts of assignments in training} of the sparse layers, see
         `dispatch_probe`; empty for a dense model.
       experts_choose: whether the encoder's experts choose tokens.
-      rows: description of the training rows that `dispatch` was measured on.
+      rows: description of the batch rows, laid out as in training, that `dispatch` was measured on.
       example_probs: {site: [N, E]} probabilities summed over the tokens of each example.
       example_tasks: indices of the examples' tasks, [N].
     """
@@ -88,9 +92,9 @@ class ProbeResult:
     @property
     def trained_tasks(self) -> list[str] | None:
         """Names of the tasks that the run was trained on; None if unknown."""
-        if any(task.seen is None for task in self.tasks):
+        if any(task.is_trained is None for task in self.tasks):
             return None
-        return [task.name for task in self.tasks if task.seen]
+        return [task.name for task in self.tasks if task.is_trained]
 
     def distributions(self, site: str) -> np.ndarray:
         """Returns each task's mean distribution over experts [T, E]; zeros without tokens."""
@@ -105,7 +109,7 @@ class RouterEntropy:
       site: e.g. 'decoder/layers_3/encoder_decoder_attention/key'.
       stack: 'encoder' or 'decoder'.
       layer: index of the layer in the stack.
-      kind: the projection, with its attention in front: 'cross key'.
+      kind: last part of the site, in attention with 'self ' or 'cross ' in front: 'cross key'.
       token_entropy: mean entropy of single tokens' distributions, divided by log E; 0: each token
         uses one expert, 1: each token uses all experts equally. In sparse layers it is the entropy
         of the softmax, before experts are chosen.
@@ -113,8 +117,8 @@ class RouterEntropy:
         tokens, 1: all experts are used equally.
       task_bits: Jensen-Shannon divergence of the distributions of all tasks, in bits, at most
         log2(min(T, E)); 0: the mixture of experts does not depend on the task.
-      mass: mean sum of a token's probabilities; below 1 only for a top-k router that does not
-        renormalize.
+      mass: mean sum of a token's probabilities; below 1 if only some experts are chosen and their
+        probabilities are not renormalized.
     """
 
     site: str
@@ -135,13 +139,13 @@ def mean_distributions(totals: probe.ProbeTotals, site: str) -> np.ndarray:
 def _normalize(sums: np.ndarray) -> np.ndarray:
     # Tasks may differ in the fourth digit only. float64 keeps the differences of their entropies.
     sums = sums.astype(np.float64)
-    # The minimum keeps rows without tokens, which are zeros, free of NaN.
+    # The lower bound keeps sums of no tokens, which are zeros, from becoming NaN.
     return sums / np.maximum(sums.sum(axis=-1, keepdims=True), 1e-30)
 
 
 def entropy_bits(probs: np.ndarray) -> np.ndarray:
     """Returns the entropies in bits of distributions [..., E]."""
-    # 0 log 0 = 0: zeros keep the output's initial value. Rounding may leave a sum of -1e-17.
+    # `where` skips zeros, whose logarithm stays 0: 0 log 0 = 0. Rounding may leave a sum of -1e-17.
     logs = np.log2(probs, where=probs > 0, out=np.zeros_like(probs, dtype=np.float64))
     return np.maximum(-(probs * logs).sum(axis=-1), 0.0)
 
@@ -157,9 +161,9 @@ def jensen_shannon(probs: np.ndarray) -> np.ndarray:
 
 
 def task_distances(result: ProbeResult) -> np.ndarray:
-    """Returns the distances [T, T] of `DISTANCE_DEFINITION`."""
-    # The square root of the divergence is a metric (Endres and Schindelin, 2003), and so is that of
-    # a mean over sites.
+    """Returns the distances of tasks [T, T], as `DISTANCE_DEFINITION` defines them."""
+    # The square root of a divergence is a metric (Endres and Schindelin, 2003), and so is that of
+    # the mean of several divergences.
     divergences = [jensen_shannon(result.distributions(site)) for site in result.sites]
     return np.sqrt(np.mean(divergences, axis=0))
 
@@ -167,8 +171,8 @@ def task_distances(result: ProbeResult) -> np.ndarray:
 def nearest_trained(result: ProbeResult) -> dict[str, tuple[str, float]]:
     """Returns {held-out task: (nearest trained task, distance)}; empty without both kinds."""
     distances, names = task_distances(result), result.task_names
-    trained = [i for i, task in enumerate(result.tasks) if task.seen]
-    held_out = [i for i, task in enumerate(result.tasks) if task.seen is False]
+    trained = [i for i, task in enumerate(result.tasks) if task.is_trained]
+    held_out = [i for i, task in enumerate(result.tasks) if task.is_trained is False]
     if not trained:
         return {}
     nearest = {i: trained[int(np.argmin(distances[i, trained]))] for i in held_out}
@@ -184,8 +188,8 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
     num_tokens = np.asarray(totals.num_tokens[probe.token_stack(site)], np.float64)
     has_tokens = num_tokens > 0
     num_tokens = num_tokens[has_tokens]
-    max_bits = np.log2(num_experts) or 1.0  # a single expert has entropy 0 and log E 0: divide by 1
-    # Means are over tasks. In means over all tokens, datasets of long inputs would dominate.
+    max_bits = np.log2(num_experts) or 1.0  # for a single expert, 0 / 1 instead of 0 / 0
+    # Means are over tasks. In means over all tokens, tasks with long inputs would dominate.
     distributions = mean_distributions(totals, site)[has_tokens]
     token_bits = np.asarray(totals.entropy[site], np.float64)[has_tokens] / num_tokens / np.log(2)
     mean_bits = float(entropy_bits(distributions.mean(axis=0)))
@@ -198,7 +202,7 @@ def _router_entropy(totals: probe.ProbeTotals, site: str, num_experts: int) -> R
         kind=_ATTENTION.get(module, "") + name,
         token_entropy=float(token_bits.mean() / max_bits),
         mean_entropy=mean_bits / max_bits,
-        # This is also the mutual information of task and expert for equally frequent tasks.
+        # The divergence is also the mutual information of task and expert, see `specialization`.
         task_bits=max(0.0, mean_bits - float(entropy_bits(distributions).mean())),
         mass=float(masses.mean()),
     )
@@ -213,7 +217,8 @@ class SparseLoad:
       experts_choose: whether experts choose tokens; then no assignment is dropped, but a token may
         have no expert.
       assigned: [E], for each expert the number of tokens that chose it, or that it chose.
-      placed: [E], how many of them have a place, so that the expert computes them.
+      placed: [E], how many of them have a place within the expert's capacity, so that it computes
+        them.
       tokens_by_experts: [E + 1], numbers of tokens that exactly 0, 1, … E experts compute.
     """
 
@@ -268,12 +273,12 @@ def sparse_loads(result: ProbeResult) -> list[SparseLoad]:
 
 @dataclass(frozen=True)
 class TopToken:
-    """A token that an expert is chosen for more than on average.
+    """A token that has a mean probability of an expert above the uniform 1/E.
 
     Attributes:
       id, piece: its id in the vocabulary and its text.
       count: how often it occurs.
-      ratio: its mean probability of the expert, as a multiple of 1/E.
+      ratio: this probability as a multiple of 1/E.
     """
 
     id: int

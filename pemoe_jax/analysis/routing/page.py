@@ -29,8 +29,8 @@ _ALT = {
 def draw_plots(result: ProbeResult, folder: AnyPath) -> None:
     """Writes <run>_map.png, <run>_entropy.png, <run>_load.png and <run>_tasks.png.
 
-    Only a model with sparse layers has the picture of loads, and only a result of several tasks has
-    the last one, a dendrogram.
+    The picture of loads is drawn only for a model with sparse layers, and that of tasks, a
+    dendrogram, only for several tasks.
     """
     name = result.run["name"]
     means = measure.mean_probs(result.totals, result.task_names)
@@ -119,7 +119,7 @@ def _template() -> jinja2.Template:
 
 
 def _section(number: int, result: ProbeResult, folder: AnyPath) -> dict[str, object]:
-    """Returns a run's values for the template."""
+    """Returns the values that the template needs for a run."""
     return {
         "anchor": f"run-{number}",
         "name": result.run["name"],
@@ -148,9 +148,10 @@ def _specialization_table(result: ProbeResult) -> tables.Table | None:
 
 
 def _picture(png: AnyPath, kind: str) -> dict[str, object]:
+    """Returns a picture as a data URI, with its width in CSS pixels and its alternative text."""
     content = png.read_bytes()
     width = int.from_bytes(content[16:20], "big")  # pixels, from PNG's first chunk, IHDR
-    # CSS has 96 pixels per inch, fewer than the picture: dense displays and print show all of them.
+    # CSS has 96 pixels per inch, fewer than the file: dense displays and print show all pixels.
     return {
         "uri": "data:image/png;base64," + base64.b64encode(content).decode(),
         "width": round(width * 96 / plots.PIXELS_PER_INCH),
@@ -181,8 +182,8 @@ def to_markdown(results: Sequence[ProbeResult], folder: AnyPath) -> str:
             parts += [f"## {table.title}", tables.markdown_table(table), *table.notes]
         parts += [
             f"Distance: {metrics.DISTANCE_DEFINITION}.",
-            f"Tokens that occur at least {result.min_count} times and whose mean probability of"
-            " the expert exceeds 1/E.",
+            f"Tokens by expert: the tokens that occur at least {result.min_count} times and have a"
+            " mean probability of the expert above 1/E.",
         ]
     return "\n\n".join(parts) + "\n"
 
@@ -202,12 +203,14 @@ def summary(results: Sequence[ProbeResult]) -> str:
             f"  {router.task_bits:.4f}"
             for router in routers
         ]
-        # The last entries are those of the sites in detail, one for each group of tasks.
-        last = specialization.measure(result)[-2:]
+        # One entry for each group of tasks. If the sites are all sites of a layer, the layer has
+        # equal entries, which the dict drops.
+        entries = dict.fromkeys(
+            entry for entry in specialization.measure(result) if entry.sites == tuple(result.sites)
+        )
         lines += [
             f"  information on the task, {entry.tasks} tasks {entry.group}: {entry.bits:.4f} bits"
             f" (shuffled {entry.shuffled_mean:.4f}, 95 % below {entry.shuffled_high:.4f})"
-            for entry in last
-            if entry.sites == tuple(result.sites)
+            for entry in entries
         ]
     return "\n".join(lines)

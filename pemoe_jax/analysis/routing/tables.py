@@ -13,10 +13,12 @@ from pemoe_jax.analysis.routing.metrics import ProbeResult
 from pemoe_jax.analysis.tables import MISSING, Table, to_csv
 from pemoe_jax.core import routing
 
-_SEEN = {True: "trained on", False: "held out", None: MISSING}
+_GROUPS = {True: "trained on", False: "held out", None: MISSING}  # by `ProbedTask.is_trained`
 _TOKENS = {"encoder": "input tokens", "decoder": "tokens that the decoder reads"}
-# Fields of `RouterEntropy` -> keys of routes.json, which stay as earlier versions wrote them.
+# Fields of `ProbedTask` and `RouterEntropy` -> keys of routes.json, which stay as earlier versions
+# wrote them.
 _JSON_KEYS = {
+    "is_trained": "seen",
     "token_entropy": "per_token",
     "mean_entropy": "of_mean",
     "task_bits": "between_tasks",
@@ -67,8 +69,8 @@ def runs_table(results: Sequence[ProbeResult]) -> Table:
     """Returns a table with a row per run: its model, and the examples that it was probed with."""
     rows = []
     for result in results:
-        seen = [task.seen for task in result.tasks]
-        is_known = None not in seen
+        is_trained = [task.is_trained for task in result.tasks]
+        is_known = None not in is_trained
         tokens = [int(np.sum(result.totals.num_tokens[stack])) for stack in probe.STACKS]
         # Sites may differ in E, such as '8–10': their numbers are joined.
         num_experts = "–".join(map(str, sorted(set(result.experts.values()))))
@@ -79,8 +81,8 @@ def runs_table(results: Sequence[ProbeResult]) -> Table:
                 f"{result.run['step']:,}",
                 num_experts,
                 f"{result.run['trainable']:,}",
-                str(seen.count(True)) if is_known else MISSING,
-                str(seen.count(False)) if is_known else MISSING,
+                str(is_trained.count(True)) if is_known else MISSING,
+                str(is_trained.count(False)) if is_known else MISSING,
                 f"{sum(task.examples for task in result.tasks):,}",
                 f"{tokens[0]:,} + {tokens[1]:,}",
             ]
@@ -97,7 +99,7 @@ def site_tables(result: ProbeResult) -> dict[str, Table]:
         distributions = result.distributions(site)
         num_tokens = result.totals.num_tokens[probe.token_stack(site)]
         rows = [
-            [task.name, task.dataset, _SEEN[task.seen], f"{int(count):,}", *_decimals(row)]
+            [task.name, task.dataset, _GROUPS[task.is_trained], f"{int(count):,}", *_decimals(row)]
             for task, row, count in zip(result.tasks, distributions, num_tokens, strict=True)
         ]
         num_experts = result.experts[site]
@@ -232,7 +234,7 @@ def distributions_csv(results: Sequence[ProbeResult]) -> str:
     for result in results:
         for site in result.sites:
             for task, row in zip(result.tasks, result.distributions(site), strict=True):
-                seen = "" if task.seen is None else int(task.seen)
+                seen = "" if task.is_trained is None else int(task.is_trained)
                 key = [result.run["name"], site, task.name, task.dataset, seen]
                 lines += [[*key, expert, f"{value:.6g}"] for expert, value in enumerate(row, 1)]
     return to_csv(lines)
@@ -247,7 +249,7 @@ def loads_csv(results: Sequence[ProbeResult]) -> str:
         for site, totals in result.dispatch.items():
             by_task = np.asarray(totals.assigned), np.asarray(totals.placed)
             for task, assigned, placed in zip(result.tasks, *by_task, strict=True):
-                seen = "" if task.seen is None else int(task.seen)
+                seen = "" if task.is_trained is None else int(task.is_trained)
                 key = [result.run["name"], site, task.name, task.dataset, seen]
                 counts = zip(assigned, assigned - placed, strict=True)
                 lines += [[*key, e, *map(int, count)] for e, count in enumerate(counts, 1)]
@@ -278,15 +280,12 @@ def _run_entry(result: ProbeResult) -> dict[str, object]:
     return {
         **result.run,
         "tasks": [
-            {**dataclasses.asdict(task), **{key: int(n[i]) for key, n in num_tokens.items()}}
+            _with_json_keys(task) | {key: int(n[i]) for key, n in num_tokens.items()}
             for i, task in enumerate(result.tasks)
         ],
         "measure": value_name(result),
         "sites": {site: _site_entry(result, site) for site in result.sites},
-        "entropies": [
-            {_JSON_KEYS.get(key, key): value for key, value in dataclasses.asdict(router).items()}
-            for router in metrics.router_entropies(result)
-        ],
+        "entropies": [*map(_with_json_keys, metrics.router_entropies(result))],
         "specialization": specialization.to_json(specialization.measure(result)),
         **_sparse_entry(result),
         "distances": [_rounded(row) for row in metrics.task_distances(result)],
@@ -295,6 +294,11 @@ def _run_entry(result: ProbeResult) -> dict[str, object]:
             for name, (other, distance) in metrics.nearest_trained(result).items()
         },
     }
+
+
+def _with_json_keys(record: metrics.ProbedTask | metrics.RouterEntropy) -> dict[str, object]:
+    """Returns the fields of a record under the keys of routes.json."""
+    return {_JSON_KEYS.get(key, key): value for key, value in dataclasses.asdict(record).items()}
 
 
 def _sparse_entry(result: ProbeResult) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A bar chart of accuracies: one panel per dataset, one bar per run."""
+"""A bar chart of accuracies: one panel per dataset or average, one bar per run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 # In inches: height of a bar, width of a panel, gap between panels.
 _BAR_HEIGHT, _PANEL_WIDTH, _GAP = 0.24, 1.6, 0.25
 _PANELS_PER_LINE = 5
-# (text of the legend, field of `Bar` or `Panel` that the text explains); `_legend` omits the texts
-# of fields that are not set.
+# (text of the legend, field of `Bar` or `Panel` that the text explains). `_legend` leaves out texts
+# about fields that no bar or panel sets.
 _LEGEND = (
     ("dashed: chance", "chance"),
-    ("line at the end: 95 % interval over examples", "interval"),
-    ("dots: seeds, the bar is their mean", "seeds"),
-    ("hatched: trained on it", "is_trained"),
+    ("line at the end of a bar: 95 % interval over examples", "interval"),
+    ("dots: single seeds (the bar is their mean)", "seeds"),
+    ("hatched: trained on this dataset", "is_trained"),
     ("gray: published", "is_published"),
     ("†: average over fewer datasets", "mark"),
 )
@@ -29,7 +29,7 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar, with value, interval and seeds in %; `_LEGEND` explains the fields."""
+    """A bar; `value`, `interval` and `seeds` are accuracies in %. `_LEGEND` explains the fields."""
 
     value: float
     interval: tuple[float, float] | None = None
@@ -41,7 +41,10 @@ class Bar:
 
 @dataclass(frozen=True)
 class Panel:
-    """A dataset's bars from top to bottom (None: no value), and the accuracy of guessing in %."""
+    """The bars of a dataset or average, and the accuracy of guessing in %.
+
+    `bars` has an entry for each run, from top to bottom; None: the run has no value.
+    """
 
     title: str
     bars: Sequence[Bar | None]
@@ -53,7 +56,7 @@ def draw(
 ) -> AnyPath:
     """Draws panels with scales from 0 to 100 %, five per line.
 
-    `labels` name the bars, which are of the same runs in every panel.
+    `labels` are the names of the runs, whose bars have the same order in every panel.
     """
     pyplot = plots.import_pyplot()
     lines = [panels[i : i + _PANELS_PER_LINE] for i in range(0, len(panels), _PANELS_PER_LINE)]
@@ -76,50 +79,50 @@ def draw(
         for column, panel in enumerate(line):
             x = left + column * (_PANEL_WIDTH + _GAP)
             rect = (x / width, y / height, _PANEL_WIDTH / width, panel_height / height)
-            axis = figure.add_axes(rect)
-            _draw_panel(axis, panel)
-            axis.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
+            ax = figure.add_axes(rect)
+            _draw_panel(ax, panel)
+            ax.set_yticks(range(len(labels)), labels if column == 0 else [""] * len(labels))
     return plots.save_figure(figure, png)
 
 
-def _draw_panel(axis: Axes, panel: Panel) -> None:
-    """Draws a dataset's bars, each followed by its value."""
+def _draw_panel(ax: Axes, panel: Panel) -> None:
+    """Draws the bars of a panel, each followed by its value."""
     for row, bar in enumerate(panel.bars):
         if bar is None:
-            axis.text(1.5, row, "–", size=8, va="center", c=plots.MUTED_COLOR)
+            ax.text(1.5, row, "–", size=8, va="center", c=plots.MUTED_COLOR)
             continue
         color = "#C8C8C8" if bar.is_published else plots.COLORS[0]
         hatch = "////" if bar.is_trained else None
-        axis.barh(row, bar.value, 0.72, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-        end = bar.value  # where the number is written after the bar and its marks
+        ax.barh(row, bar.value, 0.72, color=color, hatch=hatch, edgecolor="white", linewidth=0)
+        end = bar.value  # right end of the bar, its interval and its dots
         if bar.interval:
-            (line,) = axis.plot(bar.interval, [row, row], color=plots.TEXT_COLOR, lw=1.2)
+            (line,) = ax.plot(bar.interval, [row, row], color=plots.TEXT_COLOR, lw=1.2)
             line.set_solid_capstyle("butt")  # a projecting cap would lengthen the interval
             end = max(end, bar.interval[1])
         if bar.seeds:
-            rows = [row] * len(bar.seeds)
-            axis.scatter(bar.seeds, rows, s=11, fc="white", ec=plots.TEXT_COLOR, lw=0.9, zorder=3)
+            y = [row] * len(bar.seeds)
+            ax.scatter(bar.seeds, y, s=11, fc="white", ec=plots.TEXT_COLOR, lw=0.9, zorder=3)
             end = max(end, *bar.seeds) + 2  # 2 is half the width of a dot
         # The white background covers the dashed line of chance.
         background = {"fc": "white", "ec": "none", "pad": 0.3}
         text = f"{bar.value:.1f} {bar.mark}".strip()
-        axis.text(end + 2, row, text, size=8, va="center", c=plots.TEXT_COLOR, bbox=background)
+        ax.text(end + 2, row, text, size=8, va="center", c=plots.TEXT_COLOR, bbox=background)
     if panel.chance is not None:
-        axis.axvline(panel.chance, color=plots.ACCENT_COLOR, lw=0.9, ls=(0, (3, 2)))
-    axis.set_title(panel.title, size=9, loc="left", pad=4, weight="bold")
-    axis.set_xlim(0, 124)  # room for the number after a bar of 100 %
-    axis.set_ylim(len(panel.bars) - 0.5, -0.5)  # the first bar is on top
-    axis.set_xticks([0, 50, 100])
-    axis.tick_params(length=0, labelsize=8, pad=3)
-    axis.grid(axis="x", color=plots.GRID_COLOR, lw=0.8)
-    axis.set_axisbelow(True)
-    axis.spines[["left", "bottom"]].set_visible(False)
+        ax.axvline(panel.chance, color=plots.ACCENT_COLOR, lw=0.9, ls=(0, (3, 2)))
+    ax.set_title(panel.title, size=9, loc="left", pad=4, weight="bold")
+    ax.set_xlim(0, 124)  # room for the number after a bar of 100 %
+    ax.set_ylim(len(panel.bars) - 0.5, -0.5)  # the first bar is on top
+    ax.set_xticks([0, 50, 100])
+    ax.tick_params(length=0, labelsize=8, pad=3)
+    ax.grid(axis="x", color=plots.GRID_COLOR, lw=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["left", "bottom"]].set_visible(False)
 
 
 def _legend(panels: Sequence[Panel]) -> str:
-    """Returns the texts of `_LEGEND` about the marks that the panels show."""
+    """Returns the texts of `_LEGEND` about the fields that the panels show."""
     bars = [bar for panel in panels for bar in panel.bars if bar]
-    marks = {mark for _, mark in _LEGEND for bar in bars if getattr(bar, mark, None)}
+    shown = {field for _, field in _LEGEND for bar in bars if getattr(bar, field, None)}
     if any(panel.chance is not None for panel in panels):
-        marks.add("chance")
-    return "   ·   ".join(text for text, mark in _LEGEND if mark in marks)
+        shown.add("chance")
+    return "   ·   ".join(text for text, field in _LEGEND if field in shown)

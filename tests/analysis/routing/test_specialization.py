@@ -67,6 +67,16 @@ def _bits(result, site):
     return specialization.measure(one_site)[2].bits
 
 
+def test_sites_that_are_a_whole_layer_have_the_last_entries():
+    result = specialized_result()
+    result = dataclasses.replace(result, sites=list(result.experts))
+    groups = ["trained on", "held out"]
+    assert [entry.group for entry in specialization.measure(result)] == 2 * groups
+    lines = [line for line in page.summary([result]).splitlines() if "information" in line]
+    assert len(lines) == 2
+    assert all(f"2 tasks {group}" in line for group, line in zip(groups, lines, strict=True))
+
+
 def test_specialization_is_in_the_files(tmp_path):
     result = specialized_result()
     page.draw_plots(result, tmp_path)
@@ -80,7 +90,7 @@ def test_specialization_is_in_the_files(tmp_path):
     assert "How much the task decides" in files["routes.html"]
     assert f"2 tasks held out: {entries[-1].bits:.4f} bits (shuffled" in page.summary([result])
     # Roles that are unknown: all tasks together. Without examples there is no table.
-    tasks = [dataclasses.replace(task, seen=None) for task in result.tasks]
+    tasks = [dataclasses.replace(task, is_trained=None) for task in result.tasks]
     assert {e.group for e in specialization.measure(dataclasses.replace(result, tasks=tasks))} == {
         "all"
     }
