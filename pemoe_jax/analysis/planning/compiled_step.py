@@ -303,7 +303,7 @@ def _router_reads(model: network.Transformer) -> dict[str, str | None]:
 
 
 def _as_float16(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """Replaces bfloat16, which the CPU compiler would widen, by float16, which has the same size."""
+    """Replaces bfloat16, which the CPU compiler would widen, by float16, which is as large."""
     return leaf.update(dtype=jnp.float16) if leaf.dtype == jnp.bfloat16 else leaf
 
 

@@ -1,4 +1,4 @@
-"""Measures the dispatch of sparse layers in training: tokens that experts get, drop and compute.
+"""Measures which tokens the experts of sparse layers would compute, and drop, in training.
 
 Evaluation has no capacity limit by default, so it drops nothing. This probe therefore lays out
 examples in rows as training does, and runs the model in training mode: with the capacity limit,
@@ -39,10 +39,10 @@ _STACK_TOKENS = {"encoder": "encoder_input_tokens", "decoder": "decoder_target_t
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRows:
-    """The layout of rows in training.
+    """The layout of batch rows in training.
 
     Attributes:
-      lengths: the number of tokens of a row's 'inputs' and 'targets'.
+      lengths: {'inputs': …, 'targets': …}, the numbers of tokens of a row.
       pack: whether a row holds several examples.
     """
 
@@ -74,7 +74,7 @@ Probe = Callable[[params_lib.Params, steps.Batch, Mapping[str, Array], Array, To
 
 
 def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
-    """Reads the layout of a run's rows from its config.gin; returns `default` if it is missing."""
+    """Reads the layout of a run's rows from its config.gin; `default` if the settings are missing."""
     settings = run_settings.read_settings(path)
     try:
         lengths = ast.literal_eval(settings["TASK_FEATURE_LENGTHS"])
@@ -87,7 +87,7 @@ def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
 
 
 def init_totals(sites: Mapping[str, int], num_tasks: int) -> Totals:
-    """Returns totals of zeros for the sparse layers among the sites of {site: E}."""
+    """Returns totals of zeros for the sparse layers in `sites`, {site: E}; skips adapters."""
     return {
         site: DispatchTotals(*(jnp.zeros((num_tasks, n)) for n in (size, size, size + 1)))
         for site, size in sites.items()
@@ -98,7 +98,8 @@ def init_totals(sites: Mapping[str, int], num_tasks: int) -> Totals:
 def make_probe(model: network.Transformer) -> Probe:
     """Returns the jitted `probe(params, batch, task_ids, rng, totals) -> totals`.
 
-    `task_ids` are {stack: int32 [B, L]}: the index of each token's task, -1 for padding.
+    `task_ids` are {stack: int32 [B, L]}: the index of each token's task, -1 for padding. The probe
+    donates `totals`.
     """
     assert model.sparse is not None
     model = model.clone(
@@ -144,7 +145,7 @@ def training_batches(
     Args:
       groups: {task: its examples}, each with its correct choice alone.
       rows: the layout of rows.
-      batch_size: B; the last batch is filled with padding.
+      batch_size: B; the last batch is filled up with padding.
 
     Yields:
       T5X's features, and {stack: int32 [B, L]}, -1 for padding.
@@ -155,8 +156,8 @@ def training_batches(
             sequences = group.inputs, group.choices[0]
             embedding = () if group.sentence_embedding is None else (group.sentence_embedding,)
             examples.append((*sequences, *embedding))
-            # Packing "tokens" that are task numbers in the same way yields the task of each token.
-            # Numbers begin at 1, as 0 is padding.
+            # Sequences of task numbers are packed in the same way as the tokens, which yields the
+            # task of each token. Numbers begin at 1, as 0 is padding.
             tasks.append(tuple(np.full(len(ids), task + 1, np.int32) for ids in sequences))
     # As in training, a packed row has examples of several tasks.
     order = np.random.default_rng(0).permutation(len(examples)).tolist()

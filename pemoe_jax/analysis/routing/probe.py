@@ -1,4 +1,4 @@
-"""Totals of router probabilities by task and by token, accumulated on the device.
+"""The probe: a jitted function that adds up router probabilities by task and by token.
 
 Shapes: `T` tasks, `V` vocabulary, `E` experts of a site, `B` rows of `L` tokens, `H` heads.
 
@@ -31,7 +31,7 @@ exact_einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST
 
 @flax.struct.dataclass
 class ProbeTotals:
-    """Sums over non-padding tokens, all float32. Routers with a distribution per head are averaged.
+    """Sums over non-padding tokens, all float32; distributions per head are averaged over heads.
 
     Attributes:
       probs: {site: [T, E]} router probabilities, at every router.
@@ -63,7 +63,7 @@ def expert_counts(model: network.Transformer) -> dict[str, int]:
 
 
 def _layer_order(path: str) -> tuple[int, int, int, int]:
-    """Returns a sort key: the indices of stack, layer, module and site."""
+    """Returns the sort key of a router: the indices of its stack, layer, module and site."""
     stack, layer, module, site = path.removesuffix(_SUFFIX).split("/")
     sites = [*adapters.SITES, routing.EXPERTS_SITE.rpartition("/")[2]]
     order = _MODULES.index(module), sites.index(site)
@@ -109,9 +109,9 @@ def init_totals(
 def make_probe(model: network.Transformer) -> Probe:
     """Returns a jitted `probe(params, batch, task_ids, totals) -> totals` that donates `totals`.
 
-    `batch` is an unpacked batch under T5X's names, with the correct answers as targets. `task_ids`,
-    int32 [B], are the indices of the rows' tasks. The decoder's totals by token are those of the
-    token that it reads (0: the start token), not of the token that it predicts.
+    `batch` is an unpacked batch with T5X's feature names and the correct answers as targets.
+    `task_ids`, int32 [B], are the indices of the rows' tasks. In the decoder's totals by token, the
+    token is the one that the decoder reads (0: the start token), not the one that it predicts.
     """
 
     def probe(
@@ -155,7 +155,7 @@ def make_probe(model: network.Transformer) -> Probe:
             },
         )
 
-    # `totals` are donated, so that those by token, [V, E] at each requested site, exist only once.
+    # `totals` are donated, so that `token_probs`, [V, E] at each requested site, exists only once.
     return jax.jit(probe, donate_argnums=(3,))
 
 

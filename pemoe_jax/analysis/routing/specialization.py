@@ -27,9 +27,9 @@ _GROUPS = {True: "trained on", False: "held out"}
 _NOTE = (
     "Information: mutual information of task and expert, with equal weights of the tasks; 0 if"
     " routing does not depend on the task. Normalized: as a fraction of its maximum, log2 of the"
-    " number of tasks or of experts, whichever is smaller. Shuffled: the information after the tasks"
-    f" of the examples are shuffled, mean and 95 % quantile of {SHUFFLES} shuffles; information"
-    " below this quantile may be due to chance. A layer's row is the mean over its sites; the last"
+    " number of tasks or of experts, whichever is smaller. Shuffled: the information with the tasks"
+    f" of the examples shuffled, mean and 95 % quantile of {SHUFFLES} shuffles; information below"
+    " this quantile may be due to chance. A layer's row is the mean over its sites; the last"
     " rows are means over the sites shown in detail."
 )
 
