@@ -74,7 +74,7 @@ Probe = Callable[[params_lib.Params, steps.Batch, Mapping[str, Array], Array, To
 
 
 def read_training_rows(path: str, default: TrainingRows) -> TrainingRows:
-    """Reads the layout of a run's rows from its config.gin; `default` if the settings are missing."""
+    """Reads the layout of a run's rows from its config.gin; `default` if settings are missing."""
     settings = run_settings.read_settings(path)
     try:
         lengths = ast.literal_eval(settings["TASK_FEATURE_LENGTHS"])
