@@ -29,7 +29,9 @@ from pemoe_jax.tasks.task_roles import run_register
 
 # Ends the errors about scores or logits that are not finite. It need not mention token ids out of
 # range, another cause, since they are checked when rows are read.
-NOT_FINITE_ADVICE = "the checkpoint is damaged or diverged, or its numbers overflow in DTYPE"
+NOT_FINITE_ADVICE = (
+    "the checkpoint is damaged or diverged, or its numbers overflow in the model's dtype"
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pemoe_jax.api.texts import (
     encode,
     make_groups,
 )
-from pemoe_jax.core.errors import InputError, check_integer
+from pemoe_jax.core.errors import InputError, check_integer, plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from pemoe_jax.core.params import PyTree
     from pemoe_jax.tasks.tokenizer import Tokenizer
 
-# A method returns a single result for a text, and a list of results for a list of texts.
+# `generate` returns a text for a text, and a list of texts for a list of texts.
 _Texts = TypeVar("_Texts", str, list[str])
 
 
 class ScoredChoice(NamedTuple):
-    """An answer choice and its log-probability, in nats, summed over its tokens."""
+    """An answer choice, and its log-probability in nats, summed over its tokens and end token."""
 
     choice: str
     log_prob: float
@@ -38,7 +38,7 @@ class ScoredChoice(NamedTuple):
 class Model:
     """A base model with an adapter, or without one; see `load_model`.
 
-    Methods return one result for one text, and a list of results for a list of texts.
+    `rank` and `generate` return one result for one text, and a list of results for a list of texts.
     Batches are padded to few lengths, so that calls share compiled programs. Results do not depend
     on the other texts of a call, up to rounding, unless the model has experts of limited capacity.
 
@@ -67,7 +67,7 @@ class Model:
         return repr(self._loaded)
 
     def set_adapter(self, adapter: StrPath | None) -> None:
-        """Replaces the adapter; the base stays in memory.
+        """Replaces the adapter. The base stays in memory.
 
         Adapters of the same method and settings share compiled programs.
 
@@ -75,8 +75,9 @@ class Model:
           adapter: see `load_model`; None: the base alone.
 
         Raises:
-          InputError: the adapter belongs to another base, or a run trained parameters of this
-            base. The model is then unchanged.
+          InputError: the adapter is of another base or vocabulary; it is a run that trained base
+            parameters; or this model was loaded from such a run, so that the original base is not
+            in memory. The model is then unchanged.
         """
         self._loaded.set_adapter(adapter)
 
@@ -97,14 +98,15 @@ class Model:
         """Returns the answer choices of each text with their log-probabilities, best first.
 
         The scores are those of `pemoe evaluate`: each text is encoded once for all of its choices,
-        and log-probabilities are not normalized by length.
+        and a log-probability is summed over a choice's tokens and the end token, without
+        normalizing it by length.
 
         Args:
           texts: a text, or a list of texts.
           choices: the choices of the text; for a list of texts, one list of choices for all, or a
             list for each.
-          adapter: for a list of texts, an adapter for each in place of the model's; all must have
-            the same method and settings.
+          adapter: for a list of texts, a list with the adapter of each text, in place of the
+            model's; all must have the same method and settings.
 
         Raises:
           InputError: a text has no choices, or a score is not finite; see also `set_adapter`.
@@ -124,7 +126,7 @@ class Model:
     def score(
         self, texts: Sequence[str], choices: Sequence[str] | Sequence[Sequence[str]]
     ) -> list[list[tuple[float, bool]]]:
-        """Returns the log-probability of each choice, and whether greedy decoding generates it.
+        """Returns each choice's log-probability, and whether greedy decoding would generate it.
 
         Args:
           texts: a list of texts.
@@ -153,7 +155,7 @@ class Model:
 
         Args:
           function: a function of (model, params, batch) that returns one or several arrays [B, C];
-            the first has the scores.
+            the first array has the scores.
           texts: the texts.
           choice_lists: the choices of each text.
           adapter: see `rank`.
@@ -177,7 +179,7 @@ class Model:
 
         batches = inference_batches.bucketed_score_batches(groups, self._limits.batch_size)
         results = ((score(batch, indices), indices) for batch, indices in batches)
-        # The device computes the next batches while the results of one are read.
+        # The device computes the next batches while the results of a batch are read.
         by_text: dict[int, list[list[Any]]] = {}
         for arrays, indices in prefetch.keep_in_flight(results):
             host_arrays = [np.asarray(array) for array in jax.tree.leaves(arrays)]  # [B, C]
@@ -186,7 +188,7 @@ class Model:
                 scores, *others = (array[row, :count].tolist() for array in host_arrays)
                 if not np.isfinite(scores).all():
                     raise InputError(
-                        f"{self}: expected finite scores, got {scores} for text {index + 1}:"
+                        f"{self}: expected finite scores, got {scores} for texts[{index}]:"
                         f" {NOT_FINITE_ADVICE}"
                     )
                 by_text[index] = [scores, *others]
@@ -209,23 +211,25 @@ class Model:
         early_stopping: bool = False,
         adapter: Sequence[StrPath] | None = None,
     ) -> _Texts:
-        """Decodes the answer to each text: greedily, or by sampling or beam search if set.
+        """Decodes the answer to each text.
 
+        Decoding is greedy, samples with `do_sample`, or is a beam search if `num_beams` is above 1.
         The options are those of Hugging Face's `generate`, without its default `top_k` of 50.
 
         Args:
           texts: a text, or a list of texts.
           max_new_tokens: largest number of tokens to decode; each value compiles a program.
           do_sample: whether to sample tokens.
-          temperature: divides the logits.
+          temperature: divides the logits before sampling.
           top_k: number of most likely tokens to draw from; None: all.
-          top_p: of these tokens, only the fewest most likely whose probabilities sum to at least
-            `top_p` are drawn; 1: all.
-          seed: seed of the draws.
-          num_beams: number of beams of a beam search; 1: none.
+          top_p: draw only from the smallest set of most likely tokens (after `top_k`) whose
+            probabilities sum to at least `top_p`; 1: all.
+          seed: seed of the samples.
+          num_beams: number of beams of a beam search; 1: no beam search.
           length_penalty: α; a beam search scores an answer by its log-probability / length ** α.
-            Above 0, longer answers score higher.
-          early_stopping: whether to stop as soon as there are `num_beams` finished answers.
+            Positive values favor longer answers.
+          early_stopping: whether a beam search stops as soon as it has `num_beams` finished
+            answers.
           adapter: see `rank`.
 
         Raises:
@@ -246,12 +250,13 @@ class Model:
         inputs = encode(self.tokenizer, "texts", all_texts, self._limits.input_tokens)
         selected = self._loaded.select_adapters(adapter, len(inputs))
         function: Callable[..., PyTree] = decoding.greedy_decode
-        # Each combination of `settings` compiles a program; `options` are arguments of a program.
+        # Each combination of values of `settings` compiles a program; `options` are its arguments.
         settings: dict[str, Any] = {"max_decode_length": max_new_tokens}
         options: dict[str, Any] = {"eos_id": self.tokenizer.eos_id}
         if do_sample:
             function = sampling.sample_decode
-            # Without either, a faster program, which does not sort the vocabulary at each step.
+            # With neither top_k nor top_p, a faster program is used that does not sort the
+            # vocabulary.
             settings |= {"truncate": top_k is not None or top_p < 1.0}
             options |= {"seed": seed, "temperature": temperature, "top_p": top_p}
             options["top_k"] = top_k or self._loaded.network.config.vocab_size
@@ -263,20 +268,21 @@ class Model:
         def decode(tokens: np.ndarray, indices: list[int]) -> PyTree:
             rows = {"encoder_input_tokens": tokens}
             if do_sample:
-                # Each text draws with a key of its index, whatever its batch and row are.
-                rows["rows"] = np.array(fill_rows(indices, len(tokens)), np.int32)
+                # The PRNG key is derived from the text's index, so samples do not depend on the
+                # batching.
+                rows["row_ids"] = np.array(fill_rows(indices, len(tokens)), np.int32)
             return self._loaded.apply(function, selected, indices, rows, settings, options)
 
         batches = inference_batches.bucketed_input_batches(inputs, self._limits.batch_size)
         results = ((decode(tokens, indices), indices) for tokens, indices in batches)
         answers: dict[int, str] = {}
         for tokens, indices in prefetch.keep_in_flight(results):
-            # tokens [B, T]; rows beyond `indices` fill up the batch.
+            # tokens [B, T]; further rows than `indices` only fill the batch.
             for row, index in zip(np.asarray(tokens), indices, strict=False):
                 if (row == decoding.NOT_FINITE).any():
                     raise InputError(
-                        f"{self}: expected finite logits, got infinite or NaN ones for text"
-                        f" {index + 1}: {NOT_FINITE_ADVICE}"
+                        f"{self}: expected finite logits, got infinite or NaN ones for"
+                        f" texts[{index}]: {NOT_FINITE_ADVICE}"
                     )
                 answers[index] = self.tokenizer.decode(row.tolist())
         in_order: Any = [answers[index] for index in range(len(inputs))]
@@ -287,19 +293,19 @@ class Model:
     def routing(
         self, texts: str | Sequence[str], targets: str | Sequence[str] | None = None
     ) -> dict[str, np.ndarray]:
-        """Returns the mean router probabilities of each text by site, over its tokens.
+        """Returns each text's router probabilities at every site, averaged over its tokens.
 
         Args:
           texts: a text, or a list of texts.
-          targets: the decoder's text for each of the texts; None: only the sites that read the
-            encoder's tokens are returned.
+          targets: the text that the decoder reads for each of the texts; None: only the sites that
+            read the encoder's tokens are returned.
 
         Returns:
-          site -> [E], or [N, E] for a list of N texts. A site is a path such as
-          'encoder/layers_3/mlp/gate'; the distributions are computed as by `pemoe routes`.
+          site -> [E], or [N, E] for a list of N texts. A site is the path of a router's adapter,
+          such as 'encoder/layers_3/mlp/gate'. The averages are computed as by `pemoe routes`.
 
         Raises:
-          InputError: the model has no routers.
+          InputError: the model has no routers, or a probability is not finite.
         """
         import numpy as np
 
@@ -319,7 +325,8 @@ class Model:
             targets = check_texts("targets", targets)
             if len(targets) != len(texts):
                 raise InputError(
-                    f"targets must be as many as texts, {len(texts)}, got {len(targets)}"
+                    f"targets must be a list of {plural(len(texts), 'text')}, one for each of"
+                    f" texts, got {len(targets)}"
                 )
         sites = [s for s in experts if targets is not None or probe.token_stack(s) == "encoder"]
         # The probe runs both stacks. Without targets the decoder reads an empty text, and its sites
@@ -334,11 +341,12 @@ class Model:
             flat = {
                 name: array[:, 0] if array.ndim == 3 else array for name, array in batch.items()
             }
-            # The probe sums by task: passed as tasks 0, 1, 2, …, rows keep their own sums.
+            # The probe, a jitted function that adds up router probabilities by task, gets the row
+            # number as the task, so each row has its own sum.
             totals = _probe(network)(
                 self._loaded.params, flat, np.arange(rows), probe.init_totals(network, rows)
             )
-            names = [f"text {index + 1}" for index in fill_rows(indices, rows)]
+            names = [f"texts[{index}]" for index in fill_rows(indices, rows)]
             measure.check_finite(totals, names)
             for site in sites:
                 means = metrics.mean_distributions(totals, site)
@@ -346,7 +354,8 @@ class Model:
         return results
 
 
-# Cached, because JAX and `adapter_rows.map_adapters` keep their programs by a function's identity.
+# Cached, because JAX and `adapter_rows.map_adapters` cache compiled programs under the function's
+# identity, and a new `jax.jit` would compile again.
 @functools.cache
 def _score_choices() -> Any:
     """Returns `steps.score_choices`, jitted once for all models."""
@@ -369,7 +378,7 @@ def _score_and_match_choices() -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _probe(model: Transformer) -> Any:
-    """Returns the probe of a network, with the programs that it has compiled."""
+    """Returns the probe of a network (see `Model.routing`), which keeps its compiled programs."""
     from pemoe_jax.analysis.routing import probe
 
     return probe.make_probe(model)
@@ -380,7 +389,7 @@ def _check_sampling(
 ) -> None:
     """Raises InputError if an option of `Model.generate` is out of its range."""
     if do_sample and num_beams > 1:
-        raise InputError(f"num_beams must be 1 with do_sample, got {num_beams}")
+        raise InputError(f"num_beams must be 1 if do_sample is True, got {num_beams}")
     if not temperature > 0:
         raise InputError(f"temperature must be greater than 0, got {temperature!r}")
     if top_k is not None:

@@ -2,7 +2,7 @@
 
 Formats: T5X checkpoints (legacy and Orbax), Hugging Face folders, runs that trained the whole
 model, and this package's single file: safetensors with the dimensions in its metadata. The arrays
-of all formats have the paths of T5X's parameters, joined by '/'.
+of all formats are named by T5X's parameter paths, joined by '/'.
 """
 
 import dataclasses
@@ -42,6 +42,7 @@ EXPECTED = (
     "a T5X checkpoint_<step> (or a folder of them), a Hugging Face folder,"
     " a .safetensors file that pemoe convert wrote, or a run that trained the whole model"
 )
+_BASE_KIND = "base model"
 _PASS_FOLDER = "pass the folder that it is in"
 
 
@@ -50,11 +51,12 @@ class BaseModel:
     """A base model whose parameters are not read yet.
 
     Attributes:
-      path: absolute path; of the newest checkpoint if a folder of checkpoints was opened.
+      path: absolute path of the base, or of its newest checkpoint if it is a folder of them.
       format: name of the format, for messages and records.
-      arrays: path -> array.
+      arrays: parameter path -> array.
       stored_config: the fields of `T5Config` that the checkpoint states.
-      stored_sparse: the fields of `Sparse` that the checkpoint states; None if it states none.
+      stored_sparse: the fields of `Sparse` that the checkpoint states; None or empty if it states
+        none.
     """
 
     path: str
@@ -70,68 +72,66 @@ class BaseModel:
 
     @functools.cached_property
     def sparse(self) -> JsonObject | None:
-        """The known fields of `Sparse`, inferred or else stored; None for a dense model."""
+        """The known fields of `Sparse`; None for a dense model.
+
+        Fields that are inferred from the shapes replace stored ones.
+        """
         inferred = dimensions.infer_sparse(self.shapes, str(self))
         return None if inferred is None else {**(self.stored_sparse or {}), **inferred}
 
-    def model_dimensions(self, model_file: T5Config | None = None) -> JsonObject:
+    def model_dimensions(self, gin_config: T5Config | None = None) -> JsonObject:
         """Returns the fields of `T5Config` that the arrays determine, and the activations.
 
         Shapes determine only the number of activations. Their names are those that the checkpoint
-        states, else those of the model file, else those of T5 v1.1 or 1.0: the first that are
-        known and have the right number.
+        states, else those of the gin files, else those of T5 v1.1 (two) or 1.0 (one). Names whose
+        number is wrong are skipped.
 
         Args:
-          model_file: configuration of the gin files; None: there is none.
+          gin_config: the `T5Config` of the gin files, or None without gin files.
 
         Raises:
-          InputError: see `dimensions.infer`; or the checkpoint states a matrix of logits, but has
-            none.
+          InputError: see `dimensions.infer`; or the checkpoint states `logits_via_embedding=False`
+            but has no `decoder/logits_dense/kernel`.
         """
         inferred = dimensions.infer(self.shapes, str(self))
         activations = self._stated_activations()
-        if activations is None and model_file is not None:
-            activations = model_file.mlp_activations
+        if activations is None and gin_config is not None:
+            activations = gin_config.mlp_activations
         if activations is not None and len(activations) == len(inferred["mlp_activations"]):
             inferred["mlp_activations"] = activations
         if inferred["logits_via_embedding"] and not self.stored_config.get(
             "logits_via_embedding", True
         ):
-            raise InputError(f"{self}: expected decoder/logits_dense/kernel, got none")
+            raise InputError(
+                f"{self}: expected decoder/logits_dense/kernel, as logits_via_embedding is False,"
+                " got none"
+            )
         return inferred
 
     def _stated_activations(self) -> tuple[str, ...] | None:
         """Returns the activations that the checkpoint states; None if it states no usable ones.
 
-        Usable ones are names, as many as the MLPs have input projections.
+        They are usable if they are strings, one for each input projection of an MLP.
         """
         stated = self.stored_config.get("mlp_activations")
         names = tuple(stated) if isinstance(stated, (list, tuple)) else ()
         inferred = dimensions.infer(self.shapes, str(self))["mlp_activations"]
-        is_known = all(isinstance(name, str) for name in names)
-        return names if is_known and len(names) == len(inferred) else None
+        are_strings = all(isinstance(name, str) for name in names)
+        return names if are_strings and len(names) == len(inferred) else None
 
     def check_activations(self, activations: tuple[str, ...]) -> None:
-        """Raises InputError if the base states other activations than those of a model."""
-        # Another number of activations is another shape, which `load` reports.
+        """Raises InputError if the base states other activations than the given ones of a model."""
+        # A different number of activations changes shapes, which `load` reports.
         stated = self._stated_activations()
         if stated is not None and len(stated) == len(activations) and stated != activations:
             raise InputError(
                 f"T5Config.mlp_activations must be {stated}, as in the {self}, got {activations}"
             )
 
-    def config(self, model_file: T5Config | None = None) -> JsonObject:
-        """Returns all known fields of `T5Config`; see `model_dimensions` for the argument.
-
-        `mlp_activations` and `logits_via_embedding` are left out if they are those of T5 v1.1, as
-        in records of earlier versions.
-        """
-        # The arrays' dimensions take precedence, because a stored configuration may be edited.
-        config = {**self.stored_config, **self.model_dimensions(model_file)}
-        for name in ("mlp_activations", "logits_via_embedding"):
-            if config[name] == getattr(T5Config, name):
-                del config[name]
-        return config
+    def config(self, gin_config: T5Config | None = None) -> JsonObject:
+        """Returns all known fields of `T5Config`; see `model_dimensions` for the argument."""
+        # The arrays' dimensions take precedence, because users may edit a stored configuration.
+        return {**self.stored_config, **self.model_dimensions(gin_config)}
 
     def load(
         self,
@@ -141,8 +141,8 @@ class BaseModel:
         value_checksums: dict[str, tuple[str, int]] | None = None,
     ) -> dict[str, PyTree]:
         """Loads the parameters of `target`; see `device_arrays.load_arrays`."""
-        # Dimensions are compared before arrays: an error "mlp_dim 32, got 16" says more than three
-        # of 500 wrong shapes.
+        # Dimensions are compared before arrays, because "mlp_dim 32, got 16" tells a user more than
+        # an error that lists 3 of 500 wrong shapes.
         shapes = {path: tuple(leaf.shape) for path, leaf in params_lib.flatten(target).items()}
         expected = dimensions.infer(shapes, "the model") | _sparse_sizes(shapes, "the model")
         actual = dimensions.infer(self.shapes, str(self)) | _sparse_sizes(self.shapes, str(self))
@@ -168,7 +168,7 @@ class BaseModel:
         values, in the dtypes in which a frozen base is loaded.
 
         Args:
-          dtype: dtype of activations, which is that of most frozen arrays.
+          dtype: dtype of activations, in which most frozen arrays are loaded.
         """
         samples, crcs = {}, {}
         for path, lazy in self.arrays.items():
@@ -184,7 +184,10 @@ class BaseModel:
 
 
 def _sparse_sizes(shapes: dimensions.Shapes, source: str) -> JsonObject:
-    """Returns the fields of `dimensions.infer_sparse` under their settings' names."""
+    """Returns the sizes of the experts under their gin names, for the error of `load`.
+
+    A dense model has NUM_EXPERTS 'none (dense)'.
+    """
     sparse = dimensions.infer_sparse(shapes, source)
     if sparse is None:
         return {"NUM_EXPERTS": "none (dense)"}
@@ -192,14 +195,14 @@ def _sparse_sizes(shapes: dimensions.Shapes, source: str) -> JsonObject:
 
 
 def open_base(
-    path: str | os.PathLike[str], kind: str = "base model", expected: str = EXPECTED
+    path: str | os.PathLike[str], kind: str = _BASE_KIND, expected: str = EXPECTED
 ) -> BaseModel:
-    """Detects the format of a path and opens it; reads no parameter.
+    """Detects the format of a path and opens it, without reading any parameters.
 
     Args:
       path: local or `gs://`.
-      kind: what the caller opens, for errors.
-      expected: what the caller accepts, for errors.
+      kind: what the caller opens, such as 'base model'; begins the errors.
+      expected: the formats that the caller accepts, for errors.
 
     Raises:
       InputError: the path does not exist, is not a base model, is damaged, or cannot be reached.
@@ -218,7 +221,7 @@ def open_base(
 
 
 def _open_folder(folder: epath.Path, kind: str, expected: str) -> BaseModel:
-    # Runs before T5X's formats, because a checkpoint of a run is an Orbax checkpoint too.
+    # Checked before T5X's formats, because the checkpoint of a run is also an Orbax checkpoint.
     if (folder / "record").is_dir():
         return _open_run(folder)
     path = os.fspath(folder)
@@ -262,6 +265,11 @@ def _open_single_file(path: epath.Path, kind: str) -> BaseModel:
     # by mistake are refused here, with a hint.
     if CONFIG_KEY not in metadata:
         if any(name.startswith("base_model.model.") for name in arrays):
+            if kind == _BASE_KIND:
+                raise InputError(
+                    f"{kind} {path}: a PEFT adapter is not a base model: pass the base that it"
+                    " adapts"
+                )
             raise InputError(f"{kind} {path}: got a PEFT adapter: {_PASS_FOLDER}")
         if "shared.weight" in arrays:
             raise InputError(f"{kind} {path}: got weights of Hugging Face: {_PASS_FOLDER}")
@@ -299,14 +307,14 @@ def save_base(
     overwrite: bool = True,
     sparse: Mapping[str, object] | None = None,
 ) -> None:
-    """Writes a base model as a single file; all of its arrays are in memory.
+    """Writes a base model, whose arrays are all in memory, as a single file.
 
     Args:
       path: the file.
       params: nested dict of arrays.
-      config: `T5Config.as_dict()`, or its dimensions.
+      config: the fields of the model's `T5Config` (`as_dict()`), or at least its dimensions.
       overwrite: whether to replace an existing file.
-      sparse: `sparse.describe()` of its sparse layers; None: a dense model.
+      sparse: the model's `Sparse` settings, from `core.sparse.describe`; None for a dense model.
 
     Raises:
       InputError: the file exists, and `overwrite` is False.

@@ -534,9 +534,9 @@ def _open(path: str, model: Transformer | None, base_path: str | None) -> Opened
         base = base_lib.open_base(path, kind, expected)
         # The gin files supply what the checkpoint does not state: the dtype of activations, and the
         # names of activation functions.
-        model_file = None if model is None else model.config
-        defaults = {} if model_file is None else {"dtype": model_file.dtype}
-        config = _make_config({**defaults, **base.config(model_file)}, base.path)
+        gin_config = None if model is None else model.config
+        defaults = {} if gin_config is None else {"dtype": gin_config.dtype}
+        config = _make_config({**defaults, **base.config(gin_config)}, base.path)
         sparse = json.dumps(base.sparse)
         return OpenedModel(_base_name(base.path), path, _build_model(config, "{}", sparse))
     if record.base["needed"] and base_path is None:

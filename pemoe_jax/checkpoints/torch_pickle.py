@@ -3,14 +3,13 @@
 The file is a zip archive with these entries:
 
     <name>/data.pkl      a pickle: for each tensor its name, storage, offset, shape and strides
-    <name>/data/<key>    a storage: little-endian values, neither compressed nor padded
-    <name>/byteorder     'little' or 'big'; missing in older files
+    <name>/data/<key>    a storage: values in the byte order below, neither compressed nor padded
+    <name>/byteorder     'little' or 'big' (refused); missing in older files
 
 A pickle is a program, which may run any code. This module interprets the few operations that a dict
 of tensors needs, and refuses all others. A `pickle.Unpickler` with a restricted `find_class` and
-`persistent_load` would be shorter, but not safe: a deeply nested tuple as the key of a dict
-overflows the C stack when it is hashed, which kills the process (Python 3.11), and an unpickler
-cannot refuse it.
+`persistent_load` would be shorter, but not safe: it cannot refuse a dict whose key is a deeply
+nested tuple. Hashing that key overflows the C stack, which kills the process (Python 3.11).
 """
 
 import dataclasses
@@ -44,8 +43,8 @@ _STORAGES: dict[str, np.dtype] = {
     "torch.ByteStorage": np.dtype(np.uint8),
     "torch.BoolStorage": np.dtype(np.bool_),
 }
-# The names that a pickle may use. `_rebuild_parameter` occurs if a dict of `nn.Parameter` was saved
-# instead of a state dict.
+# The functions and classes that a pickle may name. `_rebuild_parameter` occurs if a dict of
+# `nn.Parameter` was saved instead of a state dict.
 _DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
@@ -54,12 +53,12 @@ _GLOBALS = {_DICT, _TENSOR, _PARAMETER, *_STORAGES}
 _BLOCK = 1 << 24  # bytes read at a time for a checksum
 # Limits for malicious files; both leave ample room for real ones.
 _MAX_PICKLE_BYTES = 10_000_000  # T5-XXL's data.pkl has 0.1 MB
-_MAX_OPERATIONS = 500_000  # a tensor takes about 25; a million take seconds
+_MAX_OPERATIONS = 500_000  # a tensor takes about 25; a million operations take seconds
 _RESAVE = "torch.save(torch.load(path, weights_only=True), path)"
 
 
 def open_file(path: epath.Path) -> dict[str, LazyArray]:
-    """Opens a file as name -> array; reads the zip's directory and the pickle, but no tensor.
+    """Returns the tensors of a file as name -> array, without reading their values.
 
     Raises:
       InputError: the file is missing, truncated or not in torch's zip format; it holds anything
@@ -73,7 +72,7 @@ def open_file(path: epath.Path) -> dict[str, LazyArray]:
     try:
         state = _Interpreter(archive).run(archive.read("data.pkl"))
     except (ValueError, TypeError, KeyError, IndexError) as error:
-        if isinstance(error, InputError):  # a ValueError too, but with its own message
+        if isinstance(error, InputError):  # a subclass of ValueError that has its own message
             raise
         raise InputError(f"{path}: not a pickle of tensors ({error!r:.200})") from error
     if not isinstance(state, dict):
@@ -87,7 +86,7 @@ def open_file(path: epath.Path) -> dict[str, LazyArray]:
 
 
 def _kind(value: object) -> str:
-    """Returns what a value is, for errors: 'tensor' or its type, such as 'Storage' or 'list'."""
+    """Returns 'tensor' or the name of a value's type, such as 'Storage' or 'list', for errors."""
     return "tensor" if isinstance(value, LazyArray) else type(value).__name__.lstrip("_")
 
 
@@ -100,7 +99,7 @@ class _Archive:
 
     path: epath.Path
     entries: dict[str, zipfile.ZipInfo]  # by name, without the archive's top folder
-    verified: set[str] = dataclasses.field(default_factory=set)  # entries whose checksum is right
+    verified: set[str] = dataclasses.field(default_factory=set)  # entries with a correct checksum
 
     def entry(self, name: str) -> zipfile.ZipInfo:
         if name not in self.entries:
@@ -110,8 +109,8 @@ class _Archive:
     def data_offset(self, name: str) -> int:
         """Returns the position of an entry's first byte in the file."""
         offset = self.entry(name).header_offset
-        # The size of the entry's own header is not in the zip's directory: torch pads the header's
-        # extra field, so that storages are aligned to 64 bytes.
+        # The entry's own header must be read, because its size is not in the zip's directory: torch
+        # pads the header's extra field, so that storages are aligned to 64 bytes.
         header = file_io.read_range(self.path, offset, 30).tobytes()
         signature, name_size, extra_size = struct.unpack("<4s22x2H", header)
         if signature != b"PK\x03\x04":
@@ -119,20 +118,22 @@ class _Archive:
         return offset + 30 + name_size + extra_size
 
     def read(self, name: str) -> bytes:
-        """Returns the bytes of an entry, whose checksum is verified."""
+        """Returns the bytes of an entry, after verifying its checksum."""
         return self.read_range(name, 0, self.entry(name).file_size).tobytes()
 
     def read_range(self, name: str, offset: int, size: int) -> np.ndarray:
-        """Returns bytes of an entry, uint8 [size]; the first read verifies its checksum."""
+        """Returns `size` bytes of an entry, as uint8; the first read verifies its checksum."""
         start, entry = self.data_offset(name), self.entry(name)
         data = file_io.read_range(self.path, start + offset, size)
         if name not in self.verified:
             crc = zlib.crc32(data.data)
-            if size != entry.file_size:  # the checksum is of the whole entry, which is read too
+            # The checksum covers the whole entry, so all of it is read here.
+            if size != entry.file_size:
                 crc = 0
                 for at in range(0, entry.file_size, _BLOCK):
-                    block = min(_BLOCK, entry.file_size - at)
-                    crc = zlib.crc32(file_io.read_range(self.path, start + at, block).data, crc)
+                    block_size = min(_BLOCK, entry.file_size - at)
+                    block = file_io.read_range(self.path, start + at, block_size)
+                    crc = zlib.crc32(block.data, crc)
             self._check_crc(name, crc)
         return data
 
@@ -146,7 +147,7 @@ class _Archive:
 
 
 def _open_archive(path: epath.Path) -> _Archive:
-    """Reads a zip's directory, and checks that each entry is within the file."""
+    """Reads a zip's directory, and checks that each entry is stored plainly within the file."""
     file_bytes = path.stat().length
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -163,16 +164,19 @@ def _open_archive(path: epath.Path) -> _Archive:
     # All entries are in a top folder, which torch.save named after the file it wrote.
     roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise InputError(f"{path}: expected a file of torch.save, got a zip without data.pkl")
+        raise InputError(
+            f"{path}: expected a file of torch.save with one data.pkl, got {len(roots)}"
+        )
     # The directory is untrusted: sizes are checked before anything is allocated.
     for name, info in entries.items():
-        end = info.header_offset + 30 + info.compress_size
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise InputError(f"{path}: {name!r:.80}: expected an uncompressed entry")
+        is_encrypted = info.flag_bits & 1
+        if info.compress_type != zipfile.ZIP_STORED or is_encrypted:
+            raise InputError(f"{path}: {name!r:.80}: expected an uncompressed, unencrypted entry")
+        end = info.header_offset + 30 + info.compress_size  # 30: the smallest header
         if info.file_size != info.compress_size or info.header_offset < 0 or end > file_bytes:
             raise InputError(
-                f"{path}: {name!r:.80}: truncated: expected {info.file_size:,} bytes, the whole"
-                f" file has {file_bytes:,}"
+                f"{path}: {name!r:.80}: damaged: the entry at byte {info.header_offset:,} with"
+                f" {info.file_size:,} bytes is not within the file of {file_bytes:,} bytes"
             )
     entries = {name.removeprefix(roots[0]): info for name, info in entries.items()}
     if entries["data.pkl"].file_size > _MAX_PICKLE_BYTES:
@@ -189,7 +193,7 @@ class _Global:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """`size` values that tensors are views of, in the archive's entry `data/<key>`."""
+    """A storage: `size` values in the archive's entry `data/<key>`, which tensors are views of."""
 
     archive: _Archive
     key: str
@@ -197,7 +201,7 @@ class _Storage:
     size: int
 
     def read(self, offset: int, shape: tuple[int, ...], index: Index) -> np.ndarray:
-        """Reads a slice of a row-major array that starts at the storage's value `offset`."""
+        """Reads a slice of a row-major array that starts `offset` values into the storage."""
         read = functools.partial(self.archive.read_range, f"data/{self.key}")
         return read_rows(read, offset * self.dtype.itemsize, shape, self.dtype, index)
 
@@ -235,14 +239,14 @@ class _Interpreter:
         return self.stack[-1]
 
     def refuse(self, actual: str) -> NoReturn:
-        """Raises InputError, which names what the pickle has in place of tensors."""
+        """Raises an InputError that names what the pickle has besides tensors."""
         shown = actual if actual.isprintable() else ascii(actual)  # keeps the message on one line
         raise InputError(
             f"{self.archive.path}: expected a pickle of tensors only, got {shown:.200}"
         )
 
     def push_global(self, name: str) -> None:
-        """Pushes a placeholder for an allowed function or class."""
+        """Pushes a placeholder for a function or class; refuses all but `_GLOBALS`."""
         if name not in _GLOBALS:
             self.refuse(name)
         self.stack.append(_Global(name))
@@ -266,34 +270,36 @@ class _Interpreter:
 
     def append(self, values: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            self.refuse(f"items of a {_kind(self.stack[-1])}")
+            self.refuse(f"an item appended to a {_kind(self.stack[-1])}")
         self.stack[-1].extend(values)
 
     def set_items(self, pairs: list[Any]) -> None:
         keys, values = pairs[::2], pairs[1::2]
-        # Only strings: hashing a deeply nested tuple overflows the C stack.
-        if not isinstance(self.stack[-1], dict) or not all(type(key) is str for key in keys):
+        if not isinstance(self.stack[-1], dict):
+            self.refuse(f"an item set in a {_kind(self.stack[-1])}")
+        # Only strings, because hashing a deeply nested tuple would overflow the C stack.
+        if not all(type(key) is str for key in keys):
             self.refuse("a dict whose keys are not strings")
         for key, value in zip(keys, values, strict=True):
             if key in self.stack[-1]:
-                self.refuse(f"{key!r:.100} twice")
+                self.refuse(f"the key {key!r:.100} twice")
             self.stack[-1][key] = value
 
     def build(self) -> None:
-        """Drops the attributes of a dict: a state dict has `_metadata`, which no reader needs."""
+        """Drops the attributes of a dict, such as the `_metadata` of a state dict."""
         self.stack.pop()
         if type(self.stack[-1]) is not dict:
             self.refuse(f"attributes of a {_kind(self.stack[-1])}")
 
     def load_persistent(self) -> None:
-        """Replaces ('storage', type, key, device, size) on the stack by the storage."""
+        """Replaces a persistent id, ('storage', type, key, device, size), by its storage."""
         match self.stack.pop():
             case ("storage", _Global(name), str(key), str(), size) if (
                 name in _STORAGES and file_io.is_count(size)
             ):
                 dtype = _STORAGES[name]
             case other:
-                self.refuse(f"a persistent id that is not of a storage, a {_kind(other)}")
+                self.refuse(f"a persistent id (a {_kind(other)}) that is not a known storage")
         num_bytes, entry = size * dtype.itemsize, self.archive.entry(f"data/{key}")
         if num_bytes != entry.file_size:
             raise InputError(
@@ -303,13 +309,13 @@ class _Interpreter:
         self.stack.append(_Storage(self.archive, key, dtype, size))
 
     def reduce(self) -> None:
-        """Replaces a function and its arguments on the stack by the result, for three functions."""
+        """Replaces a function and its arguments by the result; refuses all but three functions."""
         arguments, function = self.stack.pop(), self.stack.pop()
         match function, arguments:
             case _Global(name), () if name == _DICT:
                 self.stack.append({})
-            # After the strides come `requires_grad` and hooks. A last argument, if it is not empty,
-            # marks a view that negates or conjugates its storage.
+            # The two arguments after the strides are `requires_grad` and hooks. A further argument
+            # that is not empty marks a view that negates or conjugates its storage.
             case _Global(name), (_Storage() as storage, offset, shape, strides, _, _, *more) if (
                 name == _TENSOR and more in ([], [None], [{}])
             ):
@@ -353,10 +359,11 @@ _OPERATIONS: dict[str, Callable[[_Interpreter], None]] = {
 
 
 def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> LazyArray:
-    """Returns the view of a storage that a tensor is; offset and strides count values.
+    """Returns a tensor: a view of a storage, with offset and strides counted in values.
 
     Raises:
-      InputError: an argument is not of integers >= 0, or the view exceeds the storage.
+      InputError: an argument is not, or does not hold, integers >= 0; or the view exceeds the
+        storage.
     """
     path, dtype = storage.archive.path, storage.dtype
     is_valid = (
@@ -380,8 +387,9 @@ def _make_tensor(storage: _Storage, offset: Any, shape: Any, strides: Any) -> La
         )
     if not count:
         return LazyArray(shape, dtype, lambda index: np.empty(shape, dtype)[index])
-    # Of a contiguous tensor or its transpose, only the requested rows are read. Of any other view,
-    # all values from its first to its last are read.
+    # Of a contiguous tensor, only the requested rows are read; of a transposed one, only the
+    # requested indices of the last axis. Of any other view, all values from its first to its last
+    # are read.
     read = functools.partial(storage.read, offset)
     if _is_row_major(shape, strides):
         return LazyArray(shape, dtype, functools.partial(read, shape))

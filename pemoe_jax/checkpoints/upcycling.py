@@ -1,7 +1,8 @@
 """Upcycling: makes the arrays of a sparse model from those of a dense one (arXiv 2212.05055).
 
-Each expert is a copy of its block's MLP, optionally times 1 + N(0, σ²). Routers are drawn at
-random. The extra MLP of ST-MoE is a copy too, except for its last matrix: that is zero, so that the
+Each expert is a copy of its block's MLP, optionally with noise: each weight of each expert is then
+multiplied by its own draw of 1 + N(0, σ²). Routers are drawn at random. The extra MLP of ST-MoE, a
+dense MLP after the experts, is a copy too, except for its last matrix, which is zero, so that the
 extra MLP adds nothing at the start.
 """
 
@@ -24,7 +25,8 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import Transformer
 
 _COPIED_MLP = re.compile(r"(.*/)(mlp/expert|extra_mlp)/(\w+)/kernel")
-# Parameters that the dense model lacks, and `extra_mlp/wo`, which starts at zero.
+# Parameters without a counterpart in the dense model, and `extra_mlp/wo`, which starts at zero
+# instead of as a copy.
 _INITIALIZED = re.compile(r".*/(mlp/router|pre_extra_mlp_layer_norm|extra_mlp/wo)/.*")
 
 
@@ -40,7 +42,7 @@ def source_path(path: str) -> str | None:
 
 
 def names_by_source(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Returns path of a dense array -> paths of the sparse model's arrays made from it."""
+    """Returns {path of a dense array: paths of the sparse model's arrays that are made from it}."""
     names: dict[str, list[str]] = {}
     for path in paths:
         if source := source_path(path):
@@ -49,7 +51,7 @@ def names_by_source(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_expert(path: str) -> bool:
-    """Whether a path is that of the matrices [E, in, out] of all experts of a layer."""
+    """Whether an array has a matrix of each expert of a layer, [E, in, out]."""
     return "/mlp/expert/" in path
 
 
@@ -89,7 +91,8 @@ class Upcycling:
     Attributes:
       model: the sparse model.
       seed: seed of the routers and of the noise.
-      noise: σ, by which each expert is multiplied by 1 + N(0, σ²).
+      noise: σ: each weight of each expert is multiplied by its own draw of 1 + N(0, σ²); 0: exact
+        copies.
     """
 
     model: Transformer
@@ -99,7 +102,7 @@ class Upcycling:
     def copy_to_experts(
         self, path: str, array: jax.Array, dtype: jnp.dtype, sharding: Sharding | None
     ) -> jax.Array:
-        """Returns the experts [E, in, out] at `path`, on their devices, from a matrix [in, out]."""
+        """Copies a matrix [in, out] to the experts [E, in, out] at `path`, on their devices."""
         assert self.model.sparse is not None
         key = None
         if self.noise:
@@ -111,7 +114,15 @@ class Upcycling:
     def draw(
         self, paths: Iterable[str], transform: params_lib.Transform = params_lib.identity
     ) -> dict[str, params_lib.PyTree]:
-        """Initializes those of the `paths` that are not made from a dense array: path -> array."""
+        """Initializes the parameters that are not made from a dense array.
+
+        Args:
+          paths: paths of parameters of the sparse model; those with a dense array are skipped.
+          transform: applied to (path, array) of each.
+
+        Returns:
+          path -> array.
+        """
         drawn_paths = {path for path in paths if source_path(path) is None}
 
         def zero_extra_wo(path: str, array: jax.Array) -> params_lib.PyTree:
@@ -121,7 +132,7 @@ class Upcycling:
         return params_lib.flatten(drawn)
 
     def lazy_arrays(self, dense: Mapping[str, LazyArray]) -> dict[str, LazyArray]:
-        """Returns path -> lazy array of the whole sparse model, for conversions."""
+        """Returns all arrays of the sparse model, as path -> lazy array, for conversions."""
         shapes = params_lib.flatten(network.param_shapes(self.model, params_lib.is_base))
         arrays = {path: from_numpy(np.asarray(a)) for path, a in self.draw(shapes).items()}
         for path in shapes.keys() - arrays.keys():
@@ -134,7 +145,7 @@ class Upcycling:
     def _lazy_copies(self, path: str, array: LazyArray) -> LazyArray:
         assert self.model.sparse is not None
 
-        # Makes all experts for any slice; writers read whole arrays anyway.
+        # All experts are made for any slice, because writers read whole arrays anyway.
         def read_slice(index: Index) -> np.ndarray:
             device_array = jnp.asarray(array.read())
             return np.asarray(self.copy_to_experts(path, device_array, array.dtype, None))[index]
@@ -143,7 +154,7 @@ class Upcycling:
 
 
 def dense_sharding(sharding: Sharding | None) -> Sharding | None:
-    """Returns the sharding of a matrix [in, out], given that of its copies [E, in, out]."""
+    """Returns the sharding of a matrix [in, out], given the sharding of its copies [E, in, out]."""
     if not isinstance(sharding, NamedSharding) or not sharding.spec:
         return sharding
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
@@ -153,7 +164,7 @@ def dense_sharding(sharding: Sharding | None) -> Sharding | None:
 def _copy_program(
     num_experts: int, dtype: jnp.dtype, sharding: Sharding | None
 ) -> Callable[[jax.Array, jax.Array | None, float], jax.Array]:
-    # Compiled for the device, so that the host holds one matrix instead of E copies.
+    # The copies are made on the device, so that the host holds one matrix instead of E.
     def copy(array: jax.Array, key: jax.Array | None, noise: float) -> jax.Array:
         shape = (num_experts, *array.shape)
         if key is None:

@@ -2,7 +2,8 @@
 
     score(y) = log p(y | x) / |y|^α
 
-for a finished sequence y of |y| tokens, including its end token, and the length penalty α. Shapes:
+for a finished sequence y of |y| tokens, including its end token if it has one, and the length
+penalty α. A sequence finishes without an end token when it reaches the maximum length T. Shapes:
 `B` batch, `K` beams, `T` length, `V` vocabulary.
 """
 
@@ -31,7 +32,8 @@ class _State(NamedTuple):
       finished: int32 [B, K, T], the best finished sequences, best first.
       scores: [B, K], scores of the finished sequences; -inf in place of a missing sequence.
       is_done: [B], whether the search of a row has ended.
-      is_finite: [B], whether all logits of a row were finite.
+      is_finite: [B], whether the largest logit of a row was finite at every step. It is NaN if any
+        logit is NaN.
       cache: keys and values of the running sequences, with B·K rows.
     """
 
@@ -45,9 +47,10 @@ class _State(NamedTuple):
     cache: PyTree
 
 
-def _select(array: Array, beams: Array) -> Array:
-    """Selects the entries of an array [B, N, …] at indices `beams` [B, K] -> [B, K, …]."""
-    return jnp.take_along_axis(array, beams.reshape(*beams.shape, *[1] * (array.ndim - 2)), axis=1)
+def _select(array: Array, indices: Array) -> Array:
+    """Returns the entries of an array [B, N, …] at the indices [B, M], as an array [B, M, …]."""
+    indices = indices.reshape(*indices.shape, *[1] * (array.ndim - 2))
+    return jnp.take_along_axis(array, indices, axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_decode_length", "num_beams"))
@@ -63,9 +66,9 @@ def beam_search_decode(
 ) -> Array:
     """Returns the sequence with the highest score, for each row.
 
-    A row ends when it has K finished sequences. Without `early_stopping`, it continues as long as
-    its best running sequence, if it ended now, would score higher than the worst of these K. The
-    settings and their defaults are those of Hugging Face's `generate`.
+    With `early_stopping`, a row ends as soon as it has K finished sequences. Without it, the row
+    then continues while its best running sequence, if it ended now, would score higher than the
+    worst of these K. The settings and their defaults are those of Hugging Face's `generate`.
 
     Args:
       model: the network.
@@ -73,18 +76,21 @@ def beam_search_decode(
       encoder_input_tokens: int [B, L], padded with 0.
       max_decode_length: T, the largest number of tokens to decode.
       num_beams: K.
-      length_penalty: α; above 0, longer sequences score higher.
+      length_penalty: α; positive values favor longer sequences.
       early_stopping: whether a row ends as soon as it has K finished sequences.
       eos_id: the token that ends a sequence.
 
     Returns:
-      int32 [B, T]; a row holds its end token, and 0 after it. A row whose logits are not finite
-      begins with `decoding.NOT_FINITE`.
+      int32 [B, T]; a row is 0 after its end token; it has none if it reached T tokens first. A row
+      whose logits are not finite begins with `decoding.NOT_FINITE`.
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
     batch, beams = inputs.shape[0], num_beams
-    # None: only the Python API searches beams, and its texts have no sentence embeddings.
-    decode_step, cache = decoding.start(model, params, inputs, max_decode_length, None, beams)
+    # Only the Python API uses beam search, and it has no sentence embeddings (for routers that read
+    # them).
+    decode_step, cache = decoding.start(
+        model, params, inputs, max_decode_length, sentence_embeddings=None, copies=beams
+    )
 
     def is_unfinished(state: _State) -> Array:
         return (state.position < max_decode_length) & ~jnp.all(state.is_done)
@@ -94,6 +100,7 @@ def beam_search_decode(
         # The first step reads T5's start token, which is the padding token 0.
         last = jnp.where(position > 0, state.running[:, :, position - 1], 0)
         logits, cache = decode_step(last.reshape(-1), state.cache)
+        # The largest logit is NaN if any logit is NaN, see `decoding.decode_rows`.
         is_finite = state.is_finite & jnp.isfinite(jnp.max(logits.reshape(batch, -1), axis=-1))
         next_log_probs = jax.nn.log_softmax(logits).reshape(batch, beams, -1)
         next_log_probs += state.log_probs[:, :, None]
@@ -114,7 +121,7 @@ def beam_search_decode(
         finished = _select(jnp.concatenate([state.finished, candidates], 1), order)
 
         running_log_probs, order = jax.lax.top_k(jnp.where(ends, -jnp.inf, log_probs), beams)
-        rows = jnp.arange(batch)[:, None] * beams + _select(parents, order)  # [B, K]
+        cache_rows = jnp.arange(batch)[:, None] * beams + _select(parents, order)  # [B, K]
         has_k_finished = jnp.isfinite(scores[:, -1])
         can_improve = running_log_probs[:, 0] / penalty > scores[:, -1]
         stops = has_k_finished & (early_stopping | ~can_improve)
@@ -128,7 +135,7 @@ def beam_search_decode(
             is_done=is_done,
             is_finite=is_finite,
             # The index of the cache, a scalar, is the same for all sequences.
-            cache=jax.tree.map(lambda a: a[rows.reshape(-1)] if a.ndim else a, cache),
+            cache=jax.tree.map(lambda a: a[cache_rows.reshape(-1)] if a.ndim else a, cache),
         )
 
     blank = jnp.zeros((batch, beams, max_decode_length), jnp.int32)

@@ -43,7 +43,7 @@ def sample_decode(
     encoder_input_tokens: Array,
     max_decode_length: int,
     seed: int | Array,
-    rows: Array,
+    row_ids: Array,
     temperature: float | Array,
     top_k: int | Array,
     top_p: float | Array,
@@ -58,8 +58,8 @@ def sample_decode(
       encoder_input_tokens: int [B, L], padded with 0.
       max_decode_length: T, the largest number of tokens to decode.
       seed: seed of the samples.
-      rows: int [B], a number for each row. A row's samples depend on its number and the seed, not
-        on the other rows of the batch.
+      row_ids: int [B], a number for each row. A row's samples depend on its number and the seed,
+        not on the other rows of the batch.
       temperature: divisor of the logits.
       top_k, top_p: see `truncate_logits`.
       eos_id: the token that ends a row.
@@ -70,9 +70,9 @@ def sample_decode(
       int32 [B, T]; see `decoding.decode_rows`.
     """
     inputs = jnp.asarray(encoder_input_tokens, jnp.int32)
-    # None: only the Python API samples, and its texts have no sentence embeddings.
-    step, cache = decoding.start(model, params, inputs, max_decode_length, None)
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+    # Only the Python API samples, and it has no sentence embeddings (for routers that read them).
+    step, cache = decoding.start(model, params, inputs, max_decode_length, sentence_embeddings=None)
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(row_ids)
 
     def choose(logits: Array, position: Array) -> Array:
         logits = logits / temperature

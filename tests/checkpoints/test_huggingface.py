@@ -342,12 +342,15 @@ def check_refused(folder, message: str) -> None:
     [
         ({"model_type": "bert"}, r"model_type: expected one of \['t5', 'mt5', 's.*'\], got 'bert'"),
         ({"model_type": None}, "model_type: expected one of .*, got None"),
-        ({"feed_forward_proj": "relu"}, "feed_forward_proj: expected 'gated-gelu' .*got 'relu'"),
+        (
+            {"feed_forward_proj": "relu"},
+            "feed_forward_proj: expected one of 'gated-relu', .*got 'relu'",
+        ),
         ({"feed_forward_proj": None}, r"feed_forward_proj: .*got 'relu' \(the default\)"),
-        ({"dense_act_fn": "silu"}, "dense_act_fn: expected 'gelu_new' .*got 'silu'"),
-        ({"relative_attention_num_buckets": 64}, "num_buckets: expected 32 .*got 64"),
-        ({"relative_attention_max_distance": 256}, "max_distance: expected 128 .*got 256"),
-        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon: expected 1e-06 .*got 1e-05"),
+        ({"dense_act_fn": "silu"}, "dense_act_fn: expected 'gelu_new', as .*got 'silu'"),
+        ({"relative_attention_num_buckets": 64}, "num_buckets: only 32 is supported, got 64"),
+        ({"relative_attention_max_distance": 256}, "max_distance: only 128 is supported, got 256"),
+        ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon: only 1e-06 is supported, got 1e-05"),
     ],
 )
 def test_unsupported_models(changed, message, copy):

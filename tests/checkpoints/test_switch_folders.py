@@ -202,7 +202,7 @@ def test_names_and_config_of_switch_xxl(goldens, copy, activation):
     )
     wi_1 = weights["encoder/layers_3/mlp/expert/wi_1/kernel"]
     np.testing.assert_array_equal(wi_1[1], raw[EXPERT.replace(".wo.", ".wi_1.")].T)
-    with pytest.raises(InputError, match="got gated experts .*use convert base"):
+    with pytest.raises(InputError, match="experts whose MLP is gated .*use `pemoe convert base`"):
         huggingface.save_checkpoint(folder / "out", opened.arrays)
 
 
@@ -288,16 +288,22 @@ def test_a_router_of_another_size(copy):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_experts": 8}, "num_experts: expected 3, by the shapes of the arrays, got 8"),
-        ({"num_layers": 6}, "num_layers: expected 4, by the shapes of the arrays, got 6"),
+        ({"num_experts": 8}, r"num_experts: expected 3 \(from the shapes of the arrays\), got 8"),
+        ({"num_layers": 6}, r"num_layers: expected 4 \(from the shapes of the arrays\), got 6"),
         (
             {"num_sparse_encoder_layers": 1},
-            r"num_sparse_encoder_layers: .* the sparse layers \[1, 3\] of 4, by the arrays, got 1",
+            r"num_sparse_encoder_layers: 1 does not give the .*, \[1, 3\] of 4 layers",
         ),
-        ({"num_sparse_decoder_layers": 2}, r"num_sparse_decoder_layers: .*\[1\] of 2.*got 2"),
-        ({"router_bias": True}, "router_bias: expected False"),
-        ({"router_dtype": "bfloat16"}, "router_dtype: expected 'float32'"),
-        ({"dense_act_fn": "gelu"}, r"dense_act_fn: .*\(one wi\), got 'gelu'"),
+        (
+            {"num_sparse_decoder_layers": 2},
+            r"num_sparse_decoder_layers: 2 does not give .*, \[1\] of 2 layers",
+        ),
+        ({"router_bias": True}, "router_bias: only False is supported, got True"),
+        ({"router_dtype": "bfloat16"}, "router_dtype: only 'float32' is supported"),
+        (
+            {"dense_act_fn": "gelu"},
+            r"dense_act_fn: expected one of 'relu', .*\(the arrays have one wi\), got 'gelu'",
+        ),
         ({"dense_act_fn": ["relu"]}, r"dense_act_fn: .* got \['relu'\]"),
         ({"d_ff": 20}, "d_ff: expected 18"),
         ({"model_type": "t5"}, "expected the arrays of a T5, got"),
@@ -317,7 +323,9 @@ def test_gated_arrays_contradict_relu(copy):
             raw[name.replace(".wi.", ".wi_1.")] = raw[name]
             rename(raw, name, name.replace(".wi.", ".wi_0."))
     safetensors.numpy.save_file(raw, folder / "model.safetensors")
-    check_refused(folder, r"dense_act_fn: expected 'gated-gelu' .*\(wi_0 and wi_1\), got 'relu'")
+    check_refused(
+        folder, r"expected one of 'gelu', 'gated-gelu', 'gelu_new' \(.* wi_0 and wi_1\), got 'relu'"
+    )
 
 
 def test_layouts_of_transformers_that_are_not_ours(copy):
@@ -349,7 +357,7 @@ def test_layouts_of_transformers_that_are_not_ours(copy):
 def test_methods_that_transformers_lacks(sparse, reason, goldens, tmp_path):
     opened = base_model.open_base(goldens / "switch")
     model = build(opened, **sparse)
-    with pytest.raises(InputError, match=f"got {reason}: use convert base"):
+    with pytest.raises(InputError, match=f"cannot represent {reason} .*use `pemoe convert base`"):
         huggingface.save_checkpoint(tmp_path / "out", opened.arrays, sparse=model.sparse)
     assert not list(tmp_path.iterdir())
 
@@ -366,8 +374,11 @@ def test_layouts_that_transformers_lacks(tmp_path):
         mlp_activations=("relu",),
     )
     for sparse, message in (
-        (Sparse(2, sparse_step=4), r"4 layers with the sparse layers \[3\] \(SPARSE_STEP 4\)"),
-        (Sparse(2, extra_mlp=True), "got EXTRA_MLP True"),
+        (
+            Sparse(2, sparse_step=4),
+            r"SPARSE_STEP must be 1 or 2 .*, got 4 \(encoder: .* \[3\] of 4\)",
+        ),
+        (Sparse(2, extra_mlp=True), "cannot represent EXTRA_MLP True"),
     ):
         shapes = network.param_shapes(network.Transformer(config, sparse=sparse))
         arrays = {

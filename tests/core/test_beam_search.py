@@ -144,12 +144,12 @@ def test_draws_depend_on_the_row_and_the_seed_alone():
     )
     rows = np.arange(6)
     settings = {"temperature": 1.0, "top_k": 64, "top_p": 1.0}
-    tokens = np.asarray(draw(encoder_input_tokens=inputs, seed=0, rows=rows, **settings))
-    flipped = draw(encoder_input_tokens=inputs[::-1], seed=0, rows=rows[::-1], **settings)
+    tokens = np.asarray(draw(encoder_input_tokens=inputs, seed=0, row_ids=rows, **settings))
+    flipped = draw(encoder_input_tokens=inputs[::-1], seed=0, row_ids=rows[::-1], **settings)
     np.testing.assert_array_equal(flipped, tokens[::-1])
-    other = np.asarray(draw(encoder_input_tokens=inputs, seed=1, rows=rows, **settings))
+    other = np.asarray(draw(encoder_input_tokens=inputs, seed=1, row_ids=rows, **settings))
     assert (other != tokens).any(axis=1).all()
     same = np.asarray(
-        draw(encoder_input_tokens=np.repeat(inputs[:1], 6, 0), seed=0, rows=rows, **settings)
+        draw(encoder_input_tokens=np.repeat(inputs[:1], 6, 0), seed=0, row_ids=rows, **settings)
     )
     assert len({row.tobytes() for row in same}) == 6, "rows of one input draw by themselves"

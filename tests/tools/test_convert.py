@@ -272,7 +272,7 @@ def test_sparse_models_that_transformers_lacks(tmp_path, capsys):
     capsys.readouterr()
     for source in ("run", "own.safetensors"):
         assert run("huggingface", tmp_path / source, tmp_path / "hf") == 1
-        assert "got COMBINE 'straight': use convert base" in error_line(capsys)
+        assert "cannot represent COMBINE 'straight' (" in error_line(capsys)
 
 
 def apply(transformer: network.Transformer, values: dict, batch: dict) -> np.ndarray:
@@ -489,6 +489,19 @@ def test_an_adapter_is_no_base(paths, tmp_path):
     for path in (tmp_path / "a", tmp_path / "a" / "adapter.safetensors"):
         with pytest.raises(InputError, match="got an adapter"):
             base_model.open_base(path)
+
+
+def test_a_peft_adapter_is_no_base(tmp_path):
+    """A command that accepts adapters names the folder; otherwise only the base is accepted."""
+    from pemoe_jax.checkpoints import safetensors_file
+
+    path = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l"
+    safetensors_file.save_file(path, {name: np.ones((4, 1), np.float32)}, {})
+    with pytest.raises(InputError, match="is not a base model: pass the base that it adapts"):
+        base_model.open_base(path)
+    with pytest.raises(InputError, match="^model .*: got a PEFT adapter: pass the folder that it"):
+        base_model.open_base(path, "model")
 
 
 def test_help(capsys):

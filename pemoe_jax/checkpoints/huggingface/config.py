@@ -1,4 +1,4 @@
-"""Checks the config.json of a folder of transformers, and makes one for a model."""
+"""Checks the config.json of a Hugging Face folder, and makes one for a model."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,15 @@ NAME = "config.json"
 SWITCH = "switch_transformers"
 _MODEL_TYPES = ("t5", "mt5", SWITCH)
 
-# Settings that are constants in `core`: a model with other values is refused.
+# Settings that are constants in `core`. A model with other values is refused.
 _EXPECTED: JsonObject = {
     "relative_attention_num_buckets": 32,
     "relative_attention_max_distance": 128,
     "layer_norm_epsilon": 1e-6,
 }
 _EXPECTED_ROUTER: JsonObject = {"router_bias": False, "router_dtype": "float32"}
-# transformers' activation -> ours. "gelu" of transformers is missing, because it is the exact GELU;
-# ours is T5's approximation by tanh.
+# transformers' activation -> ours. The "gelu" of transformers is missing, because it is the exact
+# GELU, while ours is T5's tanh approximation.
 _ACTIVATIONS = {
     "relu": "relu",
     "silu": "silu",
@@ -35,7 +35,7 @@ _ACTIVATIONS = {
 }
 _THEIR_ACTIVATIONS = {"relu": "relu", "silu": "silu", "gelu": "gelu_new", "linear": "linear"}
 
-# Key of config.json -> field of `T5Config`, or of `Sparse`.
+# Key of config.json -> field of `T5Config`; `num_experts` is a field of `Sparse`.
 _DIMENSIONS = {
     "vocab_size": "vocab_size",
     "d_model": "emb_dim",
@@ -47,7 +47,8 @@ _DIMENSIONS = {
     "num_experts": "num_experts",
 }
 _DEPTHS = ("num_layers", "num_decoder_layers")
-# Tokens that an expert takes from a row: more than any row has, so that transformers drops none.
+# Largest number of tokens that an expert takes from a row of the batch: more than any row has, so
+# that transformers drops none.
 _EXPERT_CAPACITY = 1 << 20
 
 
@@ -63,118 +64,128 @@ def check(path: epath.Path, config: JsonObject) -> None:
     expected = _EXPECTED | (_EXPECTED_ROUTER if model_type == SWITCH else {})
     for key, value in expected.items():
         if config.get(key, value) != value:
-            raise InputError(f"{path}: {key}: expected {value!r} (a T5), got {config[key]!r:.80}")
+            raise InputError(f"{path}: {key}: only {value!r} is supported, got {config[key]!r:.80}")
 
 
 def read_activations(path: epath.Path, config: JsonObject, is_gated: bool) -> tuple[str, ...]:
     """Returns `T5Config.mlp_activations`.
 
     Args:
-      path: config.json, for errors.
+      path: path of config.json, for errors.
       config: its contents.
       is_gated: whether the MLPs have the arrays wi_0 and wi_1, instead of one wi.
 
     Raises:
-      InputError: the activation is unknown, or contradicts the arrays.
+      InputError: the activation is unsupported, or contradicts the arrays.
     """
-    arrays = "wi_0 and wi_1" if is_gated else "one wi"
+    key, default = "feed_forward_proj", "relu" if config["model_type"] == "t5" else "gated-gelu"
+    names = {name: name for name in _ACTIVATIONS}  # accepted value -> transformers' activation
     if config["model_type"] == SWITCH:
-        key = "dense_act_fn"
-        value = config.get(key, "gelu" if is_gated else "relu")
-        name = str(value)
-        # Only switch-xxl-128 is gated, which transformers cannot load. Its config.json says gelu,
-        # but T5's gated models have the approximation.
+        key, default = "dense_act_fn", "relu"
+        # The only gated Switch model is switch-xxl-128, which transformers cannot load. Its
+        # config.json says "gelu", but T5X's gated models use the tanh approximation. T5's name for
+        # it, "gated-gelu", is accepted too. "gelu" is the default, because no gated model has relu.
         if is_gated:
-            name = "gelu_new" if name in ("gelu", "gated-gelu", "gelu_new") else ""
-    else:
-        key = "feed_forward_proj"
-        value = config.get(key, "relu" if config["model_type"] == "t5" else "gated-gelu")
-        name = str(value).removeprefix("gated-")
-        if value == "gated-gelu":  # transformers reads "gated-gelu", and only it, as gelu_new
-            name = "gelu_new"
-        if is_gated != str(value).startswith("gated-"):
-            name = ""
-    if name not in _ACTIVATIONS:
-        expected = "'gated-gelu' or" if is_gated else "'relu' or"
-        default = "" if key in config else " (the default)"
+            default, names = "gelu", dict.fromkeys(("gelu", "gated-gelu", "gelu_new"), "gelu_new")
+    elif is_gated:
+        names = {f"gated-{name}": name for name in names}
+        names["gated-gelu"] = "gelu_new"  # as in transformers, and for this value alone
+    value = config.get(key, default)
+    name = names.get(value) if isinstance(value, str) else None
+    if name is None:
+        accepted = ", ".join(map(repr, names))
+        arrays = "wi_0 and wi_1" if is_gated else "one wi"
+        note = "" if key in config else " (the default)"
         raise InputError(
-            f"{path}: {key}: expected {expected} another activation of T5Config, by the arrays"
-            f" ({arrays}), got {value!r:.80}{default}"
+            f"{path}: {key}: expected one of {accepted} (the arrays have {arrays}), got"
+            f" {value!r:.80}{note}"
         )
     if config["model_type"] != SWITCH:
         for other, derived in (("dense_act_fn", name), ("is_gated_act", is_gated)):
             if config.get(other, derived) != derived:
                 raise InputError(
-                    f"{path}: {other}: expected {derived!r} (by {key} {value!r}),"
-                    f" got {config[other]!r:.80}"
+                    f"{path}: {other}: expected {derived!r}, as {key} is {value!r}, got"
+                    f" {config[other]!r:.80}"
                 )
     return (_ACTIVATIONS[name], "linear") if is_gated else (_ACTIVATIONS[name],)
 
 
 def check_sizes(
-    path: epath.Path, config: JsonObject, sizes: Mapping[str, Any], layout: Layout, has_depths: bool
+    path: epath.Path,
+    config: JsonObject,
+    sizes: Mapping[str, Any],
+    layout: Layout,
+    check_depths: bool,
 ) -> None:
     """Raises InputError if config.json contradicts the arrays.
 
     Args:
-      path: config.json, for errors.
+      path: path of config.json, for errors.
       config: its contents.
       sizes: the results of `dimensions.infer` and `infer_sparse` for the arrays.
       layout: the layout of the arrays.
-      has_depths: whether config.json states the right numbers of layers, so that they are checked.
-        Those of switch-xxl-128 and switch-c-2048 differ from the arrays (48 and 12 instead of 24
+      check_depths: whether to check the numbers of layers. False for switch-xxl-128 and
+        switch-c-2048, whose config.json is wrong (it has 48 and 12 layers, where the arrays have 24
         and 24).
     """
     for key, field in _DIMENSIONS.items():
-        if field not in sizes or (key in _DEPTHS and not has_depths):
+        if field not in sizes or (key in _DEPTHS and not check_depths):
             continue
         if config.get(key) not in (None, sizes[field]):
             raise InputError(
-                f"{path}: {key}: expected {sizes[field]}, by the shapes of the arrays,"
-                f" got {config[key]!r:.80}"
+                f"{path}: {key}: expected {sizes[field]} (from the shapes of the arrays), got"
+                f" {config[key]!r:.80}"
             )
     for stack, depth in layout.depths.items():
         key = f"num_sparse_{stack}_layers"
         count, layers = config.get(key), sorted(layout.sparse_layers.get(stack, ()))
-        if not layout.is_switch or not has_depths or count is None:
+        if not layout.is_switch or not check_depths or count is None:
             continue
         if type(count) is not int or _their_sparse_layers(depth, count) != layers:
             raise InputError(
-                f"{path}: {key}: expected that of the sparse layers {layers} of {depth}, by the"
-                f" arrays, got {count!r:.80}"
+                f"{path}: {key}: {count!r:.80} does not give the sparse layers of the arrays,"
+                f" {layers} of {depth} layers"
             )
 
 
 def _their_sparse_layers(depth: int, count: int) -> list[int]:
     """Returns the layers that transformers makes sparse, given `num_sparse_…_layers`."""
-    # As in configuration_switch_transformers.py (step) and modeling_switch_transformers.py (layers)
-    # of transformers 5.24.
+    # From transformers 5.24: configuration_switch_transformers.py has the step, and
+    # modeling_switch_transformers.py the layers.
     step = depth // count if count > 0 else depth
     return [i for i in range(depth) if step == 1 or (step and i % step == 1)]
 
 
 def check_writable(path: str, config: "T5Config", sparse: "Sparse | None") -> None:
-    """Raises InputError if transformers has no class for a model; `sparse` None: a dense model."""
-    gate = config.mlp_activations[1:]
+    """Raises InputError if no transformers class can represent the model.
+
+    Args:
+      path: the folder to write, for errors.
+      config: the model's configuration.
+      sparse: settings of its sparse layers; None for a dense model.
+    """
+    second_activation = config.mlp_activations[1:]  # of wi_1; empty if the MLP is not gated
     if sparse is None:
-        if gate not in ((), ("linear",)):
+        if second_activation not in ((), ("linear",)):
             raise InputError(
-                f"{path}: transformers' T5 has one activation, or one and 'linear', got"
-                f" mlp_activations {config.mlp_activations}: use convert base"
+                f"{path}: transformers' T5 supports one activation, or one gated by 'linear', got"
+                f" mlp_activations {config.mlp_activations}; use `pemoe convert base`"
             )
         return
-    reasons = {  # reason -> whether it applies
-        f"gated experts (mlp_activations {config.mlp_activations})": bool(gate),
+    activations = config.mlp_activations
+    settings = {  # setting -> whether transformers lacks it
+        f"experts whose MLP is gated (mlp_activations {activations})": bool(second_activation),
         f"ROUTING {sparse.routing!r}": sparse.routing != "tokens",
         f"TOP_K {sparse.top_k}": sparse.top_k != 1,
         f"COMBINE {sparse.combine!r}": sparse.combine != "probability",
         "EXTRA_MLP True": sparse.extra_mlp,
     }
-    for reason, applies in reasons.items():
-        if applies:
+    for setting, is_missing in settings.items():
+        if is_missing:
             raise InputError(
-                f"{path}: transformers' Switch Transformers have experts without a gate, TOP_K 1"
-                f" and COMBINE 'probability', got {reason}: use convert base"
+                f"{path}: transformers' Switch Transformers cannot represent {setting} (only"
+                " experts with ungated MLPs, ROUTING 'tokens', TOP_K 1, COMBINE 'probability' and"
+                " EXTRA_MLP False); use `pemoe convert base`"
             )
     for stack, depth in _depths(config).items():
         _num_sparse_layers(path, stack, depth, sparse)
@@ -185,18 +196,19 @@ def _depths(config: "T5Config") -> dict[str, int]:
 
 
 def _num_sparse_layers(path: str, stack: str, depth: int, sparse: "Sparse") -> int:
-    """Returns the `num_sparse_…_layers` for which transformers makes the layers of `sparse` sparse.
+    """Returns the `num_sparse_…_layers` with which transformers has the sparse layers of `sparse`.
 
     Raises:
-      InputError: there is no such number.
+      InputError: there is no such number, because SPARSE_STEP is 3 or more, or is 2 in a stack of
+        one layer, which transformers always makes sparse.
     """
     layers = [i for i in range(depth) if sparse.is_sparse(i)]
-    for count in range(len(layers), depth + 1):
-        if _their_sparse_layers(depth, count) == layers:
-            return count
+    if _their_sparse_layers(depth, len(layers)) == layers:
+        return len(layers)
+    allowed = "1 or 2" if depth > 1 else "1, as its only layer is always sparse,"
     raise InputError(
-        f"{path}: transformers has no {stack} of {depth} layers with the sparse layers {layers}"
-        f" (SPARSE_STEP {sparse.sparse_step}): expected 1 or 2: use convert base"
+        f"{path}: SPARSE_STEP must be {allowed} for transformers, got {sparse.sparse_step}"
+        f" ({stack}: sparse layers {layers} of {depth}); use `pemoe convert base`"
     )
 
 
@@ -235,7 +247,7 @@ def make(
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "use_cache": True,
-        # T5Config of transformers 5 would always save true here, whatever the model is.
+        # Written for any model. The T5Config of transformers 5 would always save true.
         "tie_word_embeddings": config.logits_via_embedding,
         "pad_token_id": 0,
         "eos_token_id": 1,

@@ -1,7 +1,9 @@
 """Converts names and shapes of an adapter's arrays between this package and PEFT.
 
-    ours     encoder/layers_0/attention/key_adapter/vectors [H, 1, K]
-    PEFT's   base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l [out, 1]
+    ours     encoder/layers_0/attention/key_adapter/vectors [heads, 1, head_dim]
+    PEFT's   base_model.model.encoder.block.0.layer.0.SelfAttention.k.ia3_l [heads · head_dim, 1]
+
+The axis of size 1 in our arrays is the axis of experts: an adapter without a router has one expert.
 
 PEFT's (IA)³ scales the output of a module or, for a feedforward module, its input. In T5 v1.1 the
 input of `wo` is gelu(wi_0 x) · wi_1 x, and our site `gate` is gelu(wi_0 x). So a vector that scales
@@ -25,11 +27,13 @@ PREFIX = "base_model.model."
 
 @dataclasses.dataclass(frozen=True)
 class PeftModule:
-    """The module that PEFT adapts at one of our sites."""
+    """The module that PEFT adapts at one of our sites (query, …, wo)."""
 
     name: str
     in_axis: str  # last axis of the module's input
-    out_axis: str  # last axis of the array that our adapter changes; at gate the module's input
+    # Last axis of the array that our adapter scales or adds to: the module's output, or at gate its
+    # input.
+    adapted_axis: str
 
 
 _ATTENTION = {
@@ -54,11 +58,15 @@ MODULES = tuple(dict.fromkeys(m.name for m in (*SITES.values(), *_UNGATED_SITES.
 
 
 def sites_of(is_gated: bool) -> dict[str, PeftModule]:
-    """Returns site -> module; `is_gated` is whether MLPs have wi_0 and wi_1, instead of one wi."""
+    """Returns site -> module.
+
+    Args:
+      is_gated: whether MLPs have wi_0 and wi_1, instead of one wi.
+    """
     return SITES if is_gated else _UNGATED_SITES
 
 
-# Kind of adapter -> our name of each of its arrays -> PEFT's.
+# Kind of adapter -> {our name of an array: PEFT's name}.
 _LEAVES = {
     "VectorExperts": {"vectors": "ia3_l"},
     "LoRAExperts": {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"},
@@ -76,20 +84,26 @@ class AdapterArray:
     rank: int  # LoRA's; 0 for (IA)³
 
     def axes(self) -> tuple[str | int, ...]:
-        """Returns our shape, in which names of axes stand for the model's dimensions.
+        """Returns our shape, with the name of an axis in place of a dimension of the model.
 
-        The axis of size 1 is that of the experts: adapters without routers have one.
+        The axis of size 1 is the axis of experts: an adapter without a router has one expert.
         """
         module = SITES[self.site]
         if self.leaf == "lora_a":
             return (module.in_axis, 1, self.rank)
         if self.leaf == "lora_b":
-            return (1, self.rank, module.out_axis)
+            return (1, self.rank, module.adapted_axis)
         # PEFT joins heads and kv in one axis, in row-major order: the conversion is a reshape.
-        return ("heads", 1, "kv") if module.out_axis == "joined_kv" else (1, module.out_axis)
+        if module.adapted_axis == "joined_kv":
+            return ("heads", 1, "kv")
+        return (1, module.adapted_axis)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """Returns our shape; 0 for an axis of unknown size."""
+        """Returns our shape; an axis that is not in `sizes` is 0.
+
+        `save_adapter` infers sizes from the arrays. An axis that no array has becomes 0, which it
+        then reports as a mismatch.
+        """
         return tuple(a if isinstance(a, int) else sizes.get(a, 0) for a in self.axes())
 
     def peft_shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -137,7 +151,10 @@ def adapter_arrays(
 
 
 def module_names(num_layers: Mapping[str, int], is_gated: bool) -> list[str]:
-    """Returns all modules that PEFT can adapt: 'encoder.block.0.layer.0.SelfAttention.q', …."""
+    """Returns the names of all attention and MLP projections, which correspond to our sites.
+
+    For example 'encoder.block.0.layer.0.SelfAttention.q'.
+    """
     return [
         f"{module}.{name}"
         for _, module, sites in _sublayers(num_layers, is_gated)
@@ -148,7 +165,7 @@ def module_names(num_layers: Mapping[str, int], is_gated: bool) -> list[str]:
 def _sublayers(
     num_layers: Mapping[str, int], is_gated: bool
 ) -> Iterator[tuple[str, str, dict[str, PeftModule]]]:
-    """Yields (our path, PEFT's path, site -> module) of every attention and MLP."""
+    """Yields (our path, PEFT's path, site -> module) for every attention and MLP of every layer."""
     mlp = {site: module for site, module in sites_of(is_gated).items() if site in _MLP}
     for stack, module, ours, _ in SUBLAYERS:
         sites = mlp if ours == "mlp" else _ATTENTION
@@ -159,13 +176,16 @@ def _sublayers(
 def strip_adapter_name(name: str) -> str:
     """Removes the name of the default adapter: '….lora_A.default.weight' -> '….lora_A.weight'.
 
-    The name is in the state dict of a PEFT model, but not in a file of `save_pretrained`. PEFT
-    loads both.
+    Files written from a raw `state_dict()` contain it, those of `save_pretrained` do not. PEFT 0.21
+    reads both if the adapter is loaded as 'default'.
     """
     return re.sub(r"\.(ia3_l|lora_[AB])\.default(\.weight)?$", r".\1\2", name)
 
 
 def module_of(name: str) -> str | None:
-    """Returns the last part of the name of an adapter tensor's module; None for other tensors."""
+    """Returns which module a PEFT tensor adapts; None if it is no adapter tensor.
+
+    For example, '….SelfAttention.q.lora_A.weight' adapts 'q'.
+    """
     match = re.fullmatch(r".*\.(\w+)\.(?:ia3_l|lora_[AB]\.weight)", name)
     return match[1] if match else None
