@@ -139,13 +139,13 @@ def _read(array: LazyArray, target: jax.ShapeDtypeStruct, with_checksum: bool) -
     shards = _read_shards(array, target)
     is_whole = len(shards) == 1 and next(iter(shards.values())).shape == array.shape
     if not with_checksum or not is_whole:
-        return _Read(shards, all(map(params_lib.all_finite, shards.values())), None)
+        return _Read(shards, all(map(params_lib.is_array_finite, shards.values())), None)
     (whole,) = shards.values()
     # Checked while the values are in a cache: a second pass would read the array from memory again.
     # A list, because threads check the parts of a large array.
     are_finite: list[bool] = []
     checksum = lazy_array.checksum(
-        array, whole, lambda part: are_finite.append(params_lib.all_finite(part))
+        array, whole, lambda part: are_finite.append(params_lib.is_array_finite(part))
     )
     return _Read(shards, all(are_finite), checksum)
 

@@ -186,7 +186,7 @@ def _merged(
             if update is not None:
                 values = update(values.astype(np.float32))
             values = values.astype(output_dtype, copy=False)  # rounded once, after merging
-        if not params_lib.all_finite(values):
+        if not params_lib.is_array_finite(values):
             raise InputError(f"{path}: NaN or infinity as {output_dtype}: not written")
         return values[index]
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 Array = jax.Array
 
 
-# Cached, since two calls would return two functions, and JAX would compile both. The bound limits
-# the number of compiled programs in memory.
+# Cached, since two equal calls would otherwise return two functions, and JAX would compile both.
+# The bound limits the number of compiled programs in memory.
 @functools.lru_cache(maxsize=32)
 def map_adapters(
     function: Callable[..., Array], model: "Transformer", **settings: object
@@ -34,9 +34,13 @@ def map_adapters(
         values compiles a program.
 
     Returns:
-      A jitted function of (base, adapters, ids, rows, options): the base's parameters; the
-      parameters of A adapters, stacked [A, …]; the index of each row's adapter, int [B]; the
-      arguments of `function` that have a batch axis, [B, …]; and those that have none.
+      A jitted function of (base, adapters, ids, rows, options):
+
+      - base: the base's parameters.
+      - adapters: the parameters of A adapters, stacked [A, …].
+      - ids: int [B], the index of each row's adapter.
+      - rows: the arguments of `function` that have a batch axis, [B, …].
+      - options: the arguments of `function` that have no batch axis.
     """
 
     @jax.jit

@@ -1,9 +1,10 @@
 """Adapters at a layer's sites: mixtures of vectors ((IA)³, MoV) and of LoRA pairs (LoRA, MoLORA).
 
-A site is a projection of `x` to `y` (at gate, y is the GELU of wi_0's output), and its adapter maps
-`(x, y)` to a new y. Shapes are read from x and y, so the same settings serve a model of any size.
-In formulas, p_e is the router's probability of expert e, or 1 without a router. Sources: (IA)³
-arXiv 2205.05638, LoRA arXiv 2106.09685, MoV and MoLORA arXiv 2309.05444.
+A site is a projection of `x` to `y`, and its adapter maps `(x, y)` to a new y. At the site gate, x
+is the MLP's input and y is the activation (such as GELU) of wi_0's output. Shapes are read from x
+and y, so the same settings serve a model of any size. In formulas, p_e is the router's probability
+of expert e, or 1 without a router. Sources: (IA)³ arXiv 2205.05638, LoRA arXiv 2106.09685, MoV and
+MoLORA arXiv 2309.05444.
 """
 
 import dataclasses
@@ -26,8 +27,7 @@ Array = jax.Array
 # A constant, so that draws of the same shape share one compiled program, see `params.param`.
 _LORA_A_INIT = nn.initializers.normal(stddev=0.02)
 
-# Logical axis names at each site: that of x's last axis, and those of y's axes after batch and
-# length.
+# Site -> (logical name of x's last axis, logical names of y's axes after batch and length).
 SITES: dict[str, tuple[str, tuple[str, ...]]] = {
     "query": ("embed", ("heads", "kv")),
     "key": ("embed", ("heads", "kv")),
@@ -95,7 +95,7 @@ class VectorExperts(nn.Module):
             and mov.is_supported()
             and source == "y"
             and router.is_soft(tokens)
-            # Auxiliary losses need the gradients of the kernels' sums, which have none.
+            # Auxiliary losses need gradients of the kernels' sums, and the kernels compute none.
             and not (router.balance_loss or router.z_loss)
             # `_call_fused` reads the router's kernel, which `init` has not created yet.
             and not self.is_initializing()
@@ -106,7 +106,8 @@ class VectorExperts(nn.Module):
     def _call_fused(
         self, y: Array, vectors: Array, router: routing.Router, tokens: routing.TokenInfo | None
     ) -> Array:
-        # softmax((y k) / τ) = softmax(y (k / τ)), so the kernels need no temperature.
+        # softmax((y W) / τ) = softmax(y (W / τ)), where W is the router's kernel. So the fused
+        # kernels need no temperature.
         kernel = router.variables["params"]["kernel"] / router.temperature
         valid = None if tokens is None else tokens.valid
         weights = jnp.ones(y.shape[:2]) if valid is None else valid.astype(jnp.float32)
@@ -245,11 +246,18 @@ def _record_routing(module: Experts, output: routing.RouterOutput, length: int) 
 
 
 def _mix_vectors(probs: Array, vectors: Array) -> Array:
-    """`Σ_e p_e l_e`: probs [B, L, (H,) E], vectors [(H,) E, K] -> [B, L, (H,) K]."""
+    """Returns `Σ_e p_e l_e`, [B, L or 1, (H,) K], for vectors [(H,) E, K].
+
+    Without heads, K stands for D or F.
+
+    Args:
+      probs: [B, L or 1, E], or [B, L, H, E] if each head has its own distribution.
+      vectors: the experts' vectors.
+    """
     if probs.ndim == 4:
         return thin_matmul.mix_vectors(probs, vectors)
-    # One distribution for all heads (a router that reads x or a sentence), or a site without heads:
-    # heads and features are joined into one axis.
+    # Either all heads share a distribution (the router reads x or a sentence), or the site has no
+    # heads. Heads and features can then be joined into one axis.
     *heads, experts, features = vectors.shape
     joined = jnp.moveaxis(vectors, -2, 0).reshape(experts, -1)  # [E, H·K]
     scale = thin_matmul.thin_matmul(probs, joined)
@@ -294,7 +302,7 @@ class Adapters:
     ) -> Array:
         """Applies a site's adapter to the input x and the output y of the site's projection.
 
-        Call it inside a layer's compact method.
+        Returns y if the site has no adapter. Call it inside a layer's compact method.
         """
         factory = getattr(self, site)
         if factory is None:
@@ -323,8 +331,8 @@ def _describe_factory(
     Args:
       name: name of the setting, for the error.
       kinds: allowed keys of `_KINDS`.
-      factory: makes the module.
-      arguments: what the caller passes to the factory; the description leaves it out.
+      factory: the factory.
+      arguments: keyword arguments for the factory; the description leaves them out.
 
     Raises:
       InputError: the module is of none of the `kinds`.
@@ -346,7 +354,7 @@ def _describe_factory(
 
 
 def describe(adapters: Adapters) -> dict[str, Description]:
-    """Returns the adapters as plain data by site, for checkpoints; see `from_description`."""
+    """Returns site -> plain data that describes the site's adapter, for checkpoints."""
     kinds = ("VectorExperts", "LoRAExperts")
     return {
         site: _describe_factory(f"Adapters.{site}", kinds, getattr(adapters, site))
@@ -357,7 +365,9 @@ def describe(adapters: Adapters) -> dict[str, Description]:
 def _factory_from(description: object) -> Callable[..., nn.Module]:
     """Returns a factory of the module that a description, possibly read from a file, describes."""
     if not isinstance(description, Mapping):
-        raise InputError(f"an adapter must be described by an object, got {description!r:.60}")
+        raise InputError(
+            f"an adapter or router must be described by an object, got {description!r:.60}"
+        )
     fields = dict(description)
     kind = fields.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:

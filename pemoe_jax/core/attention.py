@@ -35,7 +35,7 @@ class SegmentMask:
     Attributes:
       query_segment_ids: int32 [B, Lq]; None: every query attends to all keys but padding.
       key_segment_ids: int32 [B, Lk], 0 at padding, which no query attends to.
-      causal: whether keys to the right of a query are masked.
+      causal: whether keys to the right of a query are masked (Lq = Lk).
     """
 
     query_segment_ids: Array | None
@@ -83,8 +83,8 @@ def _without_gradient(bias: Array) -> Array:
 def _raise_if_perturbed(bias: CustomVJPPrimal) -> tuple[Array, None]:
     if bias.perturbed:
         raise InputError(
-            "ATTENTION 'fused' needs frozen relative position biases, got trainable ones: it has no"
-            " gradient for them; 'chunked' has"
+            "ATTENTION 'fused' needs frozen relative position biases, got trainable ones: only"
+            " 'plain' and 'chunked' have gradients for them"
         )
     return bias.value, None
 
@@ -141,8 +141,8 @@ def _plain_attention(
         logits += bias.astype(jnp.float32)
     if mask is not None:
         logits = jnp.where(mask, logits, NEG_INF)
-    # A dropout mask must not change the denominators, which `softmax_matmul` computes together with
-    # the product.
+    # `softmax_matmul` computes the denominators together with the product. So it cannot apply a
+    # dropout mask, which must change the product but not the denominators.
     if dropout_mask is None and value.dtype == jnp.float32 and jax.default_backend() == "cpu":
         return cpu_attention.softmax_matmul(logits, value)
     probs = jax.nn.softmax(logits, axis=-1)
@@ -174,7 +174,7 @@ def _chunked_attention(
 
     chunks, rest = divmod(query.shape[1], QUERY_CHUNK)
     starts = jnp.arange(chunks) * QUERY_CHUNK
-    # `lax.map` needs chunks of one size, so the queries that are left over follow by themselves.
+    # `lax.map` needs chunks of one size, so the queries that are left over are computed separately.
     out = jax.lax.map(lambda start: attend(start, QUERY_CHUNK), starts)
     # [chunks, B, QUERY_CHUNK, H, K] -> [B, chunks · QUERY_CHUNK, H, K]
     out = jnp.moveaxis(out, 0, 1).reshape(query.shape[0], -1, *value.shape[2:])

@@ -2,7 +2,8 @@
 
     loss = -Σ_v q_v log softmax(x W)_v - entropy(q) + z_loss · log(Z)²
 
-q is the target with label smoothing, Z the softmax's denominator, as in T5X. The forward pass
+q is the target distribution after label smoothing, and Z is the softmax's denominator, as in T5X.
+The forward pass
 computes the gradients of x and W together with each chunk's logits, so the backward pass needs no
 logits: none are saved, and none are computed twice (as in arXiv 2410.10989).
 """
@@ -22,7 +23,7 @@ Array = jax.Array
 CHUNK_BYTES = 128 * 2**20
 
 
-Tokens = dict[str, Array]  # the parts of each token's loss: 'nll', 'z', 'correct'
+TokenValues = dict[str, Array]  # 'nll', 'z' and 'correct' of each token
 Gradients = tuple[Array | None, Array | None]  # of x and of the kernel; None if not needed
 
 
@@ -34,10 +35,10 @@ def chunked_cross_entropy(
     weights: Array,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-) -> tuple[Array, Tokens]:
-    """Returns the weighted sum of the tokens' losses for the logits `x @ kernel`, and their parts.
+) -> tuple[Array, TokenValues]:
+    """Returns the weighted sum of the tokens' losses, and values of each token.
 
-    Only the sum has gradients, and only with respect to x and the kernel.
+    The logits are `x @ kernel`. Only the sum has gradients, and only with respect to x and kernel.
 
     Args:
       x: [B, L, D], float32.
@@ -48,8 +49,8 @@ def chunked_cross_entropy(
         subtracted, so that a perfect prediction has cross-entropy 0.
 
     Returns:
-      (Σ weights · (nll + z), {'nll', 'z', 'correct'}: [B, L] each), float32, in nats: the
-      cross-entropy, the z-loss, and 1 if no logit is above the target's.
+      The sum Σ weights · (nll + z), and float32 arrays [B, L] by name: the cross-entropy 'nll' in
+      nats, the z-loss 'z', and 'correct', which is 1 if no logit is above the target's, else 0.
     """
     needs_grad = (False, False)
     return _sum_over_chunks(x, kernel, targets, weights, label_smoothing, z_loss, needs_grad)[:2]
@@ -62,13 +63,13 @@ def _vjp_forward(
     weights: CustomVJPPrimal,
     label_smoothing: float,
     z_loss: float,
-) -> tuple[tuple[Array, Tokens], Gradients]:
+) -> tuple[tuple[Array, TokenValues], Gradients]:
     # `perturbed` says whether an argument is differentiated. The kernel is frozen in most runs; its
     # gradient [D, V] is then never computed.
     needs_grad = (x.perturbed, kernel.perturbed)
     values = (x.value, kernel.value, targets.value, weights.value)
-    total, tokens, grads = _sum_over_chunks(*values, label_smoothing, z_loss, needs_grad)
-    return (total, tokens), grads
+    total, token_values, grads = _sum_over_chunks(*values, label_smoothing, z_loss, needs_grad)
+    return (total, token_values), grads
 
 
 def _vjp_backward(
@@ -95,8 +96,12 @@ def _sum_over_chunks(
     label_smoothing: float,
     z_loss: float,
     needs_grad: tuple[bool, bool],
-) -> tuple[Array, Tokens, Gradients]:
-    """Returns the sum, the tokens' losses, and the sum's gradients to x and kernel if needed."""
+) -> tuple[Array, TokenValues, Gradients]:
+    """Returns the results of `chunked_cross_entropy`, and the sum's gradients.
+
+    `needs_grad` says whether to compute the gradients with respect to x and to the kernel; a
+    gradient that is not needed is None.
+    """
     length = x.shape[1]
     compute = functools.partial(
         _compute_chunk,
@@ -115,18 +120,21 @@ def _sum_over_chunks(
 
     def add(
         sums: tuple[Array, Array | None], piece: Sequence[Array]
-    ) -> tuple[tuple[Array, Array | None], tuple[Tokens, Array | None]]:
-        total, tokens, (grad_x, grad_kernel) = compute(*piece)
-        return jax.tree.map(jnp.add, sums, (total, grad_kernel)), (tokens, grad_x)
+    ) -> tuple[tuple[Array, Array | None], tuple[TokenValues, Array | None]]:
+        total, token_values, (grad_x, grad_kernel) = compute(*piece)
+        return jax.tree.map(jnp.add, sums, (total, grad_kernel)), (token_values, grad_x)
 
     start = (jnp.zeros(()), jnp.zeros(kernel.shape, jnp.float32) if needs_grad[1] else None)
     (total, grad_kernel), outputs = jax.lax.scan(add, start, pieces)
-    tokens, grad_x = jax.tree.map(lambda array: _join(array, length), outputs)
-    return total, tokens, (grad_x, grad_kernel)
+    token_values, grad_x = jax.tree.map(lambda array: _join(array, length), outputs)
+    return total, token_values, (grad_x, grad_kernel)
 
 
 def num_chunks(rows: int, length: int, vocab: int) -> int:
-    """Returns the number of chunks of logits [rows, length, vocab] on the mesh in scope."""
+    """Returns the number of chunks to divide logits [rows, length, vocab] into.
+
+    It depends on the number of devices of the context's mesh.
+    """
     # Rows are spread over the mesh's batch axes and the vocabulary over `model`.
     devices = math.prod(jax.sharding.get_abstract_mesh().shape.values())
     bytes_per_device = 4 * rows * length * vocab / devices  # float32
@@ -154,8 +162,8 @@ def _compute_chunk(
     label_smoothing: float,
     z_loss: float,
     needs_grad: tuple[bool, bool],
-) -> tuple[Array, Tokens, Gradients]:
-    """Returns what `_sum_over_chunks` returns, for one chunk of l positions."""
+) -> tuple[Array, TokenValues, Gradients]:
+    """Returns the results of `_sum_over_chunks` for one chunk of l positions."""
     logits = jnp.matmul(x, kernel)  # [B, l, V]
     vocab = logits.shape[-1]
     largest = jnp.max(logits, axis=-1)
@@ -167,16 +175,17 @@ def _compute_chunk(
     confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab - 1)
     nll = log_z - target_logit
     if label_smoothing:
-        # -Σ q log softmax, minus q's entropy. The 1e-20 is T5X's.
+        # -Σ q log softmax, minus q's entropy. As in T5X, 1e-20 avoids the logarithm of 0.
         expected = (confidence - low) * target_logit + low * jnp.sum(logits, axis=-1)
         entropy = -(confidence * jnp.log(confidence) + (vocab - 1) * low * jnp.log(low + 1e-20))
         nll = log_z - expected - entropy
     z = z_loss * jnp.square(log_z)
     total = jnp.sum((nll + z) * weights)
-    # Without argmax, which takes as long on a CPU as all the rest. A tie counts as correct.
-    tokens = {"nll": nll, "z": z, "correct": (target_logit >= largest).astype(jnp.float32)}
+    # A comparison with the maximum, since argmax takes as long on a CPU as all the rest. So a tie
+    # counts as correct.
+    token_values = {"nll": nll, "z": z, "correct": (target_logit >= largest).astype(jnp.float32)}
     if not any(needs_grad):
-        return total, tokens, (None, None)
+        return total, token_values, (None, None)
 
     # d loss / d logits = softmax · (1 + 2 z_loss log Z) - q
     scale = weights * (1.0 + 2.0 * z_loss * log_z)
@@ -185,4 +194,4 @@ def _compute_chunk(
     # An einsum, since a sharded kernel would be gathered twice for `grad_logits @ kernel.T`.
     grad_x = jnp.einsum("blv,dv->bld", grad_logits, kernel) if needs_grad[0] else None
     grad_kernel = jnp.einsum("bld,blv->dv", x, grad_logits) if needs_grad[1] else None
-    return total, tokens, (grad_x, grad_kernel)
+    return total, token_values, (grad_x, grad_kernel)

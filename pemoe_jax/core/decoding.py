@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pemoe_jax.core.network import Transformer
 
 Array = jax.Array
-NOT_FINITE = -1  # stands in place of a token whose logits are not finite; no token has this id
-# (tokens [R], cache) -> (logits [R, V] of the tokens after them, cache)
+NOT_FINITE = -1  # replaces a token whose largest logit is infinite or NaN; no token has this id
+# (tokens [N], cache) -> (logits [N, V] of the next tokens, cache), for N = B · copies sequences
 Step: TypeAlias = Callable[[Array, PyTree], tuple[Array, PyTree]]
 # (position, tokens [B, T], last token [B], finished [B], cache)
 _Carry: TypeAlias = tuple[Array, Array, Array, Array, PyTree]
@@ -31,7 +31,7 @@ def start(
     sentence_embeddings: Array | None,
     copies: int = 1,
 ) -> tuple[Step, PyTree]:
-    """Encodes the inputs; returns the decoding step, which is a function, and its initial cache.
+    """Encodes the inputs and prepares the decoding of outputs.
 
     Args:
       model: the network.
@@ -40,8 +40,11 @@ def start(
       max_decode_length: T, the length of the cache.
       sentence_embeddings: [B, S], for routers that read them.
       copies: C, the number of sequences to decode from each input, for example beams. Rows b·C to
-        b·C + C - 1 of a step belong to input b. The encoder's output is projected to keys and
-        values once for all of them.
+        b·C + C - 1 of a step belong to input b. The encoder's output for an input is projected to
+        keys and values once for all C sequences.
+
+    Returns:
+      The function that computes a decoding step, and the cache before the first step.
     """
     apply = functools.partial(
         model.apply, enable_dropout=False, sentence_embeddings=sentence_embeddings
@@ -74,18 +77,18 @@ def decode_rows(
     eos_id: int | Array,
     choose: Callable[[Array, Array], Array],
 ) -> Array:
-    """Decodes one sequence for each row until every row has ended.
+    """Decodes one sequence for each row, until all rows have ended or have T tokens.
 
     Args:
-      step, cache: see `start`.
+      step, cache: the results of `start`.
       batch: B, the number of rows.
       max_decode_length: T, the largest number of tokens to decode.
       eos_id: the token that ends a row.
       choose: function from (logits [B, V], position []) to the next tokens [B].
 
     Returns:
-      int32 [B, T]; a row includes its end token, and is 0 after it. A row whose logits are not
-      finite ends in `NOT_FINITE`.
+      int32 [B, T]. A row includes its end token if it reached one, and is 0 after it. If a logit is
+      NaN or the largest logit is infinite, the row ends in `NOT_FINITE`.
     """
 
     def is_unfinished(carry: _Carry) -> Array:
@@ -96,7 +99,7 @@ def decode_rows(
         position, tokens, last, finished, cache = carry
         logits, cache = step(last, cache)
         chosen = choose(logits, position).astype(jnp.int32)
-        # The maximum of a row is NaN if any of its logits is NaN. The check is needed, since argmax
+        # The maximum is NaN if any of the row's logits is NaN. The check is needed, since argmax
         # returns the position of the first NaN as if it were a token.
         chosen = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), chosen, NOT_FINITE)
         chosen = jnp.where(finished, 0, chosen)
@@ -104,7 +107,7 @@ def decode_rows(
         finished |= (chosen == eos_id) | (chosen == NOT_FINITE)
         return position + 1, tokens, chosen, finished, cache
 
-    first = jnp.zeros((batch,), jnp.int32)  # the decoder's start token is padding
+    first = jnp.zeros((batch,), jnp.int32)  # T5's decoder starts from the padding token, 0
     blank = jnp.zeros((batch, max_decode_length), jnp.int32)
     carry = (jnp.array(0), blank, first, jnp.zeros((batch,), bool), cache)
     return jax.lax.while_loop(is_unfinished, advance, carry)[1]
@@ -119,7 +122,7 @@ def greedy_decode(
     eos_id: int | Array = 1,
     sentence_embeddings: Array | None = None,
 ) -> Array:
-    """Decodes the most likely token at each step until every row has ended.
+    """Decodes the most likely token at each step, until all rows have ended or have T tokens.
 
     Args:
       model: the network.

@@ -1,13 +1,15 @@
-"""Dispatch: chooses the experts of tokens (top-k), moves tokens to them, combines their outputs.
+"""Dispatch: choosing the experts of tokens, moving tokens to them, and combining their outputs.
 
 Tokens choose experts as in Switch Transformers (arXiv 2101.03961) and GShard (arXiv 2006.16668), or
 experts choose tokens (arXiv 2202.09368). The functions are pure and have no parameters.
 
-Shapes: G groups of T tokens, K choices of a token, E experts, C places of an expert in a group (its
-capacity), S slots.
+Shapes: G groups of T tokens, K choices of a token, E experts, S slots, and the capacity C, which is
+the largest number of tokens of a group that an expert computes.
 
+- A group is a part of the batch that is dispatched by itself, by default a row (`Sparse.group`).
 - An assignment is one choice of a token: the pair of the token and the chosen expert.
-- The place of an assignment is its position among the assignments of the same expert.
+- The place of an assignment is its position, from 0, among the assignments of the same expert and
+  group.
 - The slot of an assignment is the row of the experts' input that holds its token. With a capacity,
   an assignment whose place is C or larger has no slot: it is dropped.
 
@@ -25,8 +27,8 @@ import jax.numpy as jnp
 Array = jax.Array
 
 COMBINE = ("probability", "normalized", "straight")  # see `combine_weights`
-# With SECOND_EXPERT='random', a second expert of at least this weight is always kept, and others at
-# random, as in Mesh TensorFlow's implementation of GShard.
+# With SECOND_EXPERT='random', a choice after the first is always kept if its normalized weight is
+# at least this threshold, and else at random, as in Mesh TensorFlow's implementation of GShard.
 SECOND_EXPERT_THRESHOLD = 0.2
 
 
@@ -51,9 +53,9 @@ def capacity(num_tokens: int, num_experts: int, factor: float, minimum: int = 1)
 
 
 def group_padding(batch: int, length: int, multiple: int) -> tuple[int, int]:
-    """Returns the numbers of rows and columns that pad a batch to a multiple of tokens, as in T5X.
+    """Returns how many rows and columns to add, so that `multiple` divides the number of tokens.
 
-    Either the rows or the columns are padded, whichever adds fewer tokens; the columns if both add
+    As in T5X, either rows or columns are added, whichever adds fewer tokens; columns if both add
     the same number.
     """
     if batch * length % multiple == 0:
@@ -88,7 +90,7 @@ def num_groups(num_tokens: int, group_size: int, multiple: int) -> int:
 def choose_experts(probs: Array, top_k: int) -> tuple[Array, Array]:
     """Returns each token's K most probable experts and their probabilities, both [G, T, K].
 
-    Of experts with equal probabilities, the first is chosen.
+    `probs` are [G, T, E]. Of experts with equal probabilities, the first is chosen.
     """
     _, experts = jax.lax.top_k(jax.lax.stop_gradient(probs), top_k)
     return experts, jnp.take_along_axis(probs, experts, axis=-1)
@@ -100,8 +102,8 @@ def combine_weights(chosen: Array, combine: str) -> Array:
     Args:
       chosen: probabilities of the chosen experts, [G, T, K].
       combine: 'probability' (p, as in Switch Transformers), 'normalized' (p / Σ_k p, as in GShard)
-        or 'straight' (p / stop_gradient(Σ_k p): the same value as 'normalized', which for K = 1 is
-        the constant 1; 'straight' has a gradient for K = 1 too).
+        or 'straight' (p / stop_gradient(Σ_k p), the same value as 'normalized'). For K = 1, this
+        value is 1; 'straight' then has a gradient, and 'normalized' has none.
     """
     if combine == "probability":
         return chosen
@@ -110,7 +112,7 @@ def combine_weights(chosen: Array, combine: str) -> Array:
 
 
 def keep_at_random(chosen: Array, rng: Array) -> Array:
-    """Draws which choices are kept, bool [G, T, K]: always the first, others at random.
+    """Draws which choices are kept, bool [G, T, K]; the first choice of a token always is.
 
     A choice of normalized weight g = p / Σ_k p is kept with probability min(1, g / 0.2). GShard
     keeps second experts at random; the threshold is Mesh TensorFlow's.
@@ -124,22 +126,22 @@ def keep_at_random(chosen: Array, rng: Array) -> Array:
 def assign_places(
     experts: Array, needs_slot: Array, num_experts: int, priority: Array | None = None
 ) -> tuple[Array, Array, Array]:
-    """Numbers the assignments of each expert: their places.
+    """Numbers each expert's assignments in each group from 0; these numbers are their places.
 
     All first choices come before all second choices. Among first (or second) choices, tokens come
     from left to right, or by decreasing priority (batch-prioritized routing, arXiv 2106.05974).
 
     Args:
       experts: int32 [G, T, K], the chosen experts.
-      needs_slot: bool, broadcasts to [G, T, K]; False for padding and for second experts that are
-        not kept.
+      needs_slot: bool, broadcasts to [G, T, K]; False for padding and for choices that are not
+        kept.
       num_experts: E.
       priority: [G, T], or None.
 
     Returns:
       order: int32 [G, K·T], ids of the assignments, sorted by expert and place; assignments
         that need no slot come last.
-      places: int32 [G, T, K], the place of each assignment, from 0.
+      places: int32 [G, T, K], the place of each assignment; meaningless if it needs no slot.
       counts: int32 [G, E], the number of each expert's assignments.
     """
     groups, tokens, choices = experts.shape
@@ -161,11 +163,11 @@ def assign_places(
     sorted_places = jnp.arange(choices * tokens) - jnp.take_along_axis(
         starts, sorted_experts, axis=-1
     )
-    places = _invert(order, sorted_places)
+    places = _unsort(order, sorted_places)
     return order, places.reshape(groups, tokens, choices), counts
 
 
-def _invert(order: Array, values: Array) -> Array:
+def _unsort(order: Array, values: Array) -> Array:
     """Returns an array with result[g, order[g, i]] = values[g, i]; order[g] is a permutation."""
     # On a CPU, a scatter of [16, 512] integers takes 0.2 ms and a second sort 2.0 ms.
     scatter = jax.vmap(lambda order, values: values.at[order].set(values, unique_indices=True))
@@ -201,7 +203,7 @@ def slots_with_capacity(
 
 
 class Blocks(NamedTuple):
-    """Slots in blocks of equal size. A block has one expert, an expert as many blocks as it needs.
+    """Slots in blocks of equal size. Each expert has as many blocks as its assignments need.
 
     Attributes:
       slots: the slots, S = blocks · block size.
@@ -236,16 +238,16 @@ def slots_in_blocks(
       size: number of slots in a block.
     """
     num_assignments, num_experts = order.shape[-1], counts.shape[-1]
-    # A program has fixed shapes, so this is the largest number of blocks that any assignment of
-    # tokens to experts needs: each expert leaves at most size - 1 slots empty.
+    # A program has fixed shapes, so this is the largest number of blocks that may be needed: each
+    # expert leaves at most size - 1 slots empty.
     num_blocks = (num_assignments + num_experts * (size - 1)) // size
     expert_blocks = -(-counts[0] // size)  # [E], the number of blocks of each expert
     ends = jnp.cumsum(expert_blocks)
     block_starts = ends - expert_blocks
     no_slot = num_blocks * size
     slot_ids = jnp.where(needs_slot, block_starts[experts] * size + places, no_slot)
-    # The expert of a block is the first whose blocks end after it. Unused blocks come after all of
-    # these; they are the last expert's, so that the experts of blocks ascend.
+    # The expert of a block is the first expert whose blocks end after this block. Unused blocks
+    # come last. They are given to the last expert, so that the experts of blocks ascend.
     block_experts = jnp.searchsorted(ends, jnp.arange(num_blocks), side="right")
     block_experts = jnp.minimum(block_experts, num_experts - 1).astype(jnp.int32)
     # The place of each slot among the assignments of its expert, [blocks, size].
@@ -334,7 +336,7 @@ class ChosenTokens(NamedTuple):
     Attributes:
       tokens: int32 [G, E, C]; T in an empty slot.
       weights: float32 [G, E, C], the weight of the expert's output for each token: the router's
-        probability, or what `chosen_weights` makes of it; 0 in an empty slot.
+        probability, or the weight that `chosen_weights` computes from it; 0 in an empty slot.
     """
 
     tokens: Array
@@ -342,7 +344,7 @@ class ChosenTokens(NamedTuple):
 
 
 def choose_tokens(
-    probs: Array, is_token: Array, capacity: int, group_capacity: Array | None = None
+    probs: Array, is_token: Array, capacity: int, capacities: Array | None = None
 ) -> ChosenTokens:
     """Returns, for each expert, the C tokens of each group that have its largest probabilities.
 
@@ -353,7 +355,7 @@ def choose_tokens(
       probs: [G, T, E].
       is_token: bool [G, T]; False for tokens that no expert may choose.
       capacity: C.
-      group_capacity: int32 [G], the capacity in each group, if it is smaller than C.
+      capacities: int32 [G], the number of tokens to choose in each group if it is below C; None: C.
     """
     by_expert = jnp.swapaxes(probs, 1, 2)  # [G, E, T]
     # Tokens that may not be chosen have a key below every probability.
@@ -361,8 +363,8 @@ def choose_tokens(
     _, tokens = jax.lax.top_k(keys, capacity)
     weights = jnp.take_along_axis(by_expert, tokens, axis=-1)
     limit = jnp.sum(is_token, axis=-1)
-    if group_capacity is not None:
-        limit = jnp.minimum(limit, group_capacity)
+    if capacities is not None:
+        limit = jnp.minimum(limit, capacities)
     is_filled = jnp.arange(capacity) < limit[:, None, None]
     return ChosenTokens(
         jnp.where(is_filled, tokens, probs.shape[1]), jnp.where(is_filled, weights, 0.0)
@@ -370,9 +372,10 @@ def choose_tokens(
 
 
 def chosen_weights(chosen: ChosenTokens, num_tokens: int, combine: str) -> ChosenTokens:
-    """Replaces probabilities by weights; `combine` is that of `combine_weights`.
+    """Replaces the probabilities of chosen tokens by weights, as `combine_weights` does.
 
-    A token's probabilities are divided by their sum over the experts that chose the token.
+    With 'normalized' and 'straight', a token's probabilities are divided by their sum over the
+    experts that chose the token.
     """
     if combine == "probability":
         return chosen
@@ -396,8 +399,8 @@ def combine_chosen(y: Array, chosen: ChosenTokens, num_tokens: int) -> Array:
     """Sums the weighted outputs [G, E·C, D] for each token; returns [G, T, D] in y's dtype."""
     groups = y.shape[0]
     weighted = chosen.weights.reshape(groups, -1, 1) * y.astype(jnp.float32)
-    # A token may have from 0 to E experts here, and not K as in `combine`, which can gather. So the
-    # outputs are scattered and added.
+    # Here a token may have from 0 to E experts, so the outputs are scattered and added. In
+    # `combine`, a token has K experts, whose outputs can be gathered.
     add = jax.vmap(
         lambda rows, tokens: (
             jnp.zeros((num_tokens, rows.shape[-1])).at[tokens].add(rows, mode="drop")

@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 def first_line(error: BaseException | str) -> str:
-    """Returns the first line of a message that is not blank; the error's class if there is none."""
+    """Returns an error's first line that is not blank, or else the name of its class."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 

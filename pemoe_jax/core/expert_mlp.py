@@ -2,7 +2,7 @@
 
 With a capacity, each expert has the same number of slots, and XLA exchanges the tokens in them
 between devices. Without a limit, each device sorts its own tokens by expert and multiplies them in
-blocks, each with the matrix of its expert.
+blocks, each with the matrix of its expert. Groups, slots and blocks are explained in `dispatch`.
 """
 
 import functools
@@ -103,8 +103,8 @@ def apply_without_limit(
     tokens = (x, experts, weights, needs_slot)
     if not partitioning.divides_rows(len(x)):
         return _apply_on_device(mlp, *tokens)
-    # Each device sorts its own tokens, since XLA would gather the whole batch to sort it. A device
-    # holds E / num_peers experts; with model parallelism, it holds a part of F of each.
+    # Each device sorts its own tokens, since XLA would gather the whole batch to sort it. The
+    # experts are divided over the mesh axis `expert`, and F is divided over `model`, if possible.
     shape, hidden = jax.sharding.get_abstract_mesh().shape, mlp.kernels["wo"].shape[1]
     model_axis = "model" if hidden % shape["model"] == 0 else None
     batch_spec = PartitionSpec(partitioning.batch_axes())
@@ -160,9 +160,10 @@ def _apply_on_device(
     slots, block_experts, used = dispatch.slots_in_blocks(
         experts, order, places, counts, needs_slot, size
     )
+    # The id of an empty slot is one too large, so the slot is counted to the last group.
     groups_of_slots = jnp.minimum(slots.assignment_ids[0] // (tokens * top_k), groups - 1)
     rows = _Rows(dispatch.dispatch(x, slots)[0], groups_of_slots, block_experts, used)
-    y = rows.apply(mlp) if num_peers == 1 else _apply_to_peers(mlp, rows, num_peers)
+    y = rows.apply(mlp) if num_peers == 1 else _apply_on_peers(mlp, rows, num_peers)
     if model_axis is not None:
         y = jax.lax.psum(y, model_axis)  # `wo` has summed over the device's part of F only
     return dispatch.combine(y[None], weights, slots).reshape(groups, tokens, -1)
@@ -192,7 +193,7 @@ class _Rows(NamedTuple):
         return mlp(self.x, product, lambda per_group: per_group[self.groups])
 
 
-def _apply_to_peers(mlp: ExpertMlp, rows: _Rows, num_peers: int) -> Array:
+def _apply_on_peers(mlp: ExpertMlp, rows: _Rows, num_peers: int) -> Array:
     """Applies experts that are spread over the mesh axis `expert` to the rows of one device.
 
     A peer is a device along this axis. Each peer gathers the rows of all peers and applies its own
@@ -226,5 +227,5 @@ def _apply_to_peers(mlp: ExpertMlp, rows: _Rows, num_peers: int) -> Array:
         jnp.sum(is_local, dtype=jnp.int32),
     )
     y = local_rows.apply(mlp).reshape(gathered.x.shape)
-    y = reorder_blocks(y, jnp.argsort(order)).reshape(gathered.x.shape)  # the peers' order again
+    y = reorder_blocks(y, jnp.argsort(order)).reshape(gathered.x.shape)  # back in the peers' order
     return jax.lax.psum_scatter(y, "expert")

@@ -2,10 +2,11 @@
 
     y = Σ_k w_k MLP_e(k)(x),   p = softmax(x W)
 
-The k experts of a token are the most probable ones (Switch Transformers, arXiv 2101.03961; GShard,
-2006.16668; ST-MoE, 2202.08906), or each expert chooses its tokens (expert choice, 2202.09368).
-w_k is computed from the expert's probability p, see `dispatch.combine_weights`. `core/dispatch.py`
-assigns tokens to experts, `core/expert_mlp.py` computes the experts.
+The experts e(1), e(2), … of a token are its most probable ones (Switch Transformers, arXiv
+2101.03961; GShard, 2006.16668; ST-MoE, 2202.08906), or each expert chooses its tokens (expert
+choice, 2202.09368). The weight w_k is computed from the probability of e(k), see
+`dispatch.combine_weights`. `core/dispatch.py` assigns tokens to experts and explains groups, slots
+and capacities. `core/expert_mlp.py` computes the experts.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ _EXPERT_INIT = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal
 
 # Names, in order, of the statistics that a sparse layer sows in addition to `routing.STATISTICS`:
 # the share of assignments that are dropped, the share of tokens without an expert, and the share of
-# slots that hold a token.
+# slots that hold a token, which is 1 without a limit.
 DISPATCH_STATISTICS = ("dropped", "without_expert", "used")
 
 
@@ -63,8 +64,8 @@ class ExpertKernel(nn.Module):
     """The matrices [E, in, out] of all experts."""
 
     num_experts: int
-    features: int
-    kernel_axes: tuple[str, str]
+    features: int  # size of the output
+    kernel_axes: tuple[str, str]  # logical names of the axes in and out
     dtype: jax.typing.DTypeLike = jnp.float32
 
     @nn.compact
@@ -93,7 +94,7 @@ class ExpertKernels(nn.Module):
 
     @nn.compact
     def __call__(self, features: int) -> dict[str, PyTree]:
-        """Returns `ExpertMlp.kernels` for inputs with D `features`."""
+        """Returns `ExpertMlp.kernels`; `features` is D, the size of the inputs."""
 
         def kernel(name: str, sizes: tuple[int, int], axes: tuple[str, str]) -> PyTree:
             module = ExpertKernel(self.num_experts, sizes[1], axes, self.dtype, name=name)
@@ -140,7 +141,7 @@ class SparseMlpBlock(nn.Module):
             cfg.num_experts, self.mlp_dim, self.activations, self.dtype, name="expert"
         )
         kernels = expert_kernels(x.shape[-1])
-        # Initialization needs only the parameters, which exist by now. To trace the routing would
+        # Initialization needs only the parameters, which exist by now. Tracing the routing would
         # take 0.1 s, and T5X would keep the statistics as model state, since it keeps all
         # collections that `init` returns.
         if self.is_initializing():
@@ -198,11 +199,12 @@ class SparseMlpBlock(nn.Module):
 class _SparseMlpResult(NamedTuple):
     """The output of a sparse MLP, and the assignments of tokens to experts behind it.
 
-    The last two are functions, so that they are computed only if they are collected.
+    The last two attributes are functions, so that arrays are computed only if they are collected.
 
     Attributes:
       y: the output, [G, T, D].
-      choice_share: [G, E], the share f of each expert among the choices of a group's tokens.
+      choice_share: [G, E], the share f of each expert in all choices of a group's tokens, or, where
+        experts choose, in all tokens chosen.
       dispatch_statistics: the `DISPATCH_STATISTICS`, float32 [3].
       mixture: function that returns the weight of each expert for each token, [G, T, E], as if no
         assignment were dropped.
@@ -221,13 +223,14 @@ def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callab
     """Divides x [B, L, D] and is_token [B, L] into groups of tokens.
 
     Returns:
-      x [G, T, D], is_token [G, T], and the inverse function, [G, T, ...] -> [B, L, ...].
+      x [G, T, D], is_token [G, T], and the function that undoes it, [G, T, ...] -> [B, L, ...].
     """
     if cfg.group == "row":
         return x, is_token, lambda y: y
     assert isinstance(cfg.group, int)
     batch, length, features = x.shape
-    # The groups must divide evenly over the devices, and over the experts of the all-to-all.
+    # As in T5X, the number of groups is a multiple of data-parallel size · experts. The groups can
+    # then be divided evenly over the devices.
     replicas = partitioning.data_parallelism()
     rows, columns = dispatch.group_padding(batch, length, replicas * cfg.num_experts)
     x = jnp.pad(x, ((0, rows), (0, columns), (0, 0)))
@@ -305,7 +308,7 @@ def _tokens_choose(
 def _should_skip_empty_slots(num_slots: int, num_assignments: int) -> bool:
     """Whether it is faster to compute only the filled slots, in blocks, than all slots.
 
-    This is so on one CPU, if more than half of the slots are empty.
+    This is so on one CPU, if more than half of the slots must be empty.
     """
     # MIN_CAPACITY leaves most slots of short groups empty: with a minimum of 4, 128 experts have
     # 512 slots for a group of 32 tokens. Blocks were not measured on GPUs, which would wait for the
@@ -327,22 +330,21 @@ def _experts_choose(
     groups, tokens, num_experts = probs.shape
     # The capacity in a group follows from the number of its tokens that are not padding, which is
     # known only when the program runs. So the capacities of all possible numbers are computed here.
-    capacities = [
+    capacity_by_count = [
         min(cfg.group_capacity(count, deterministic) or count, count) for count in range(tokens + 1)
     ]
-    capacity = max(capacities)
-    group_capacity = jnp.asarray(capacities)[jnp.sum(is_token, axis=-1)]
+    capacities = jnp.asarray(capacity_by_count)[jnp.sum(is_token, axis=-1)]  # [G]
 
-    def choose(probs: Array, is_token: Array, group_capacity: Array) -> dispatch.ChosenTokens:
-        return dispatch.choose_tokens(probs, is_token, capacity, group_capacity)
+    def choose(probs: Array, is_token: Array, capacities: Array) -> dispatch.ChosenTokens:
+        return dispatch.choose_tokens(probs, is_token, max(capacity_by_count), capacities)
 
-    chosen = partitioning.map_rows(choose, probs, is_token, group_capacity)
+    chosen = partitioning.map_rows(choose, probs, is_token, capacities)
     chosen = dispatch.chosen_weights(chosen, tokens, cfg.combine)
     rows = expert_mlp.apply_by_expert(mlp, dispatch.dispatch_chosen(x, chosen), num_experts)
     y = dispatch.combine_chosen(rows, chosen, tokens)
 
     def mixture() -> Array:
-        one_hot = jax.nn.one_hot(chosen.tokens, tokens)  # zeros at T
+        one_hot = jax.nn.one_hot(chosen.tokens, tokens)  # zeros for an empty slot
         return jnp.einsum("gect,gec->gte", one_hot, chosen.weights)
 
     def assignments() -> Array:
@@ -360,7 +362,7 @@ def _experts_choose(
 
 
 def _share(part: Array, whole: Array) -> Array:
-    """Returns the share of the True entries of `whole` that are True in `part`; 1 without any."""
+    """Returns the share of `whole`'s True entries that are True in `part`; 1 if it has none."""
     count = jnp.sum(whole).astype(jnp.float32)
     return jnp.where(count > 0, jnp.sum(part & whole) / jnp.maximum(count, 1.0), 1.0)
 

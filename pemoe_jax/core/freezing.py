@@ -23,6 +23,10 @@ def trainable_patterns(trainable: Sequence[str], freeze: str | None = None) -> l
         (the routers and experts of sparse layers), 'all_but_router', 'all_but_experts',
         'all_but_moe', or None.
 
+    Returns:
+      `trainable` and, with `freeze`, a pattern '!…' that excludes the frozen part; an empty list if
+      `trainable` is empty.
+
     Raises:
       InputError: `freeze` is none of these.
     """
@@ -38,5 +42,5 @@ def parse_patterns(patterns: Sequence[str]) -> tuple[list[str], str | None]:
 
 
 def find_freeze_value(pattern: str) -> str:
-    """Returns the value of FREEZE that adds a pattern '!…'; the pattern itself if none adds it."""
-    return next((part for part, regex in FREEZE.items() if pattern == f"!{regex}"), pattern)
+    """Returns the value of FREEZE that makes the pattern '!…', or else the pattern itself."""
+    return next((value for value, regex in FREEZE.items() if pattern == f"!{regex}"), pattern)

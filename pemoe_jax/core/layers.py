@@ -166,9 +166,9 @@ class RelativePositionBiases(nn.Module):
 class MultiHeadDotProductAttention(nn.Module):
     """Attention with the sites query, key, value and out; its logits are not scaled.
 
-    The queries may have C times as many rows as the keys, for C answer choices of one input: rows
-    b·C to b·C + C - 1 of the queries attend to row b of the keys. So the keys and values of an
-    input are projected and cached once for all its choices.
+    The queries may have C times as many rows as the keys, for C answer choices or beams of one
+    input: rows b·C to b·C + C - 1 of the queries attend to row b of the keys. So the keys and
+    values of an input are projected and cached once for all its choices.
 
     Attributes:
       num_heads, head_dim: H and K.
@@ -261,8 +261,8 @@ class MultiHeadDotProductAttention(nn.Module):
         """[B, Lq, D], [B, Lk, D] -> [B, Lq, D].
 
         Args:
-          inputs_q, inputs_kv: inputs of queries, and of keys and values. Self-attention is
-            recognized by one object for both.
+          inputs_q, inputs_kv: inputs of queries, and of keys and values. If they are the same
+            object, this is self-attention.
           mask: bool that broadcasts to [B, H, Lq, Lk], True where a query attends to a key, or a
             `SegmentMask`; unused by self-attention with `decode`, which masks by its cache.
           bias: added to the logits; broadcasts to [B, H, Lq, Lk].
@@ -281,8 +281,8 @@ class MultiHeadDotProductAttention(nn.Module):
         batch = key.shape[0]
         if query.shape[0] % batch:
             raise ValueError(
-                f"the batch of the queries must be a multiple of that of the keys, {batch}, got"
-                f" {query.shape[0]}"
+                f"the number of rows of inputs_q must be a multiple of the {batch} rows of"
+                f" inputs_kv, got {query.shape[0]}"
             )
         if query.shape[0] != batch:
             # [B·C, Lq, H, K] -> [B, C·Lq, H, K]: all choices of an input are queries of one row.

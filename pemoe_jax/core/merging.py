@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, plural
 
 # float32 kernel [in, out] -> float32 kernel [in, out].
 KernelUpdate: TypeAlias = Callable[[np.ndarray], np.ndarray]
@@ -21,8 +21,9 @@ def check_mergeable(description: Mapping[str, Mapping[str, Any]]) -> None:
     for site, record in description.items():
         if record.get("router") is not None or record.get("num_experts", 1) != 1:
             raise InputError(
-                f"the adapter at {site} must be a plain (IA)³ or LoRA to be merged, got"
-                f" {record.get('num_experts')} experts routed by the input: keep it as an adapter"
+                f"the adapter at {site} must be (IA)³ or LoRA without a router to be merged, got"
+                f" {plural(record.get('num_experts', 1), 'expert')} with a router: keep it as an"
+                " adapter"
             )
         if record["kind"] == "LoRAExperts" and site == "gate":
             raise InputError(
@@ -35,7 +36,9 @@ def kernel_updates(
     arrays: Mapping[str, np.ndarray],
     is_gated: bool = True,
 ) -> dict[str, KernelUpdate]:
-    """Returns path of a kernel -> function that merges the adapters into this kernel.
+    """Returns {path of a kernel: function that merges its adapters into it}.
+
+    Kernels without an adapter are left out.
 
     Args:
       description: the result of `adapters.describe`.
@@ -46,7 +49,7 @@ def kernel_updates(
       InputError: see `check_mergeable`.
     """
     check_mergeable(description)
-    pairs: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
+    loras: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
     scalings: dict[str, list[np.ndarray]] = {}
     for path, array in arrays.items():  # such as encoder/layers_0/mlp/gate_adapter/vectors
         module, adapter, leaf = path.rsplit("/", 2)
@@ -64,23 +67,25 @@ def kernel_updates(
             shape = (-1, 1) if (site, matrix) == ("gate", "wo") else (1, -1)
             scaling = np.asarray(array, np.float32).reshape(shape)
             scalings.setdefault(kernel, []).append(scaling)
-        elif leaf == "lora_a":
+        elif leaf == "lora_a":  # together with its lora_b
             factor = description[site]["alpha"] / description[site]["rank"]
             lora_b = arrays[path.removesuffix("lora_a") + "lora_b"]
             # [in, 1, R] and [1, R, out]
-            pairs[kernel] = factor, np.asarray(array)[:, 0], np.asarray(lora_b)[0]
+            loras[kernel] = factor, np.asarray(array)[:, 0], np.asarray(lora_b)[0]
     return {
-        kernel: functools.partial(_merge, pairs.get(kernel), scalings.get(kernel, []))
-        for kernel in {**pairs, **scalings}
+        kernel: functools.partial(_merge, loras.get(kernel), scalings.get(kernel, []))
+        for kernel in {**loras, **scalings}
     }
 
 
 def _merge(
-    pair: tuple[float, np.ndarray, np.ndarray] | None, vectors: list[np.ndarray], kernel: np.ndarray
+    lora: tuple[float, np.ndarray, np.ndarray] | None,
+    scalings: list[np.ndarray],
+    kernel: np.ndarray,
 ) -> np.ndarray:
-    # LoRA is added before the vectors multiply. A kernel has both if gate has a vector and wi_1 (or
-    # wo) has LoRA; the vector then scales the sum of the kernel and LoRA's product.
-    if pair is not None:
-        factor, lora_a, lora_b = pair
+    # A kernel has both LoRA and a vector if gate has a vector and wi_1 (or wo) has LoRA. The vector
+    # then scales the sum of the kernel and LoRA's product, so LoRA is added first.
+    if lora is not None:
+        factor, lora_a, lora_b = lora
         kernel = kernel + factor * (lora_a @ lora_b)
-    return functools.reduce(np.multiply, vectors, kernel)
+    return functools.reduce(np.multiply, scalings, kernel)

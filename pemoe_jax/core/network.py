@@ -42,8 +42,8 @@ class T5Config:
       dropout_rate: dropout rate of embeddings, attention, MLPs and residual branches.
       mlp_activations: activations of an MLP's input projections: ('gelu', 'linear') in T5 v1.1,
         ('relu',) in T5 1.0, ('silu', 'linear') in UL2.
-      logits_via_embedding: whether the logits layer is the embedding, its input scaled by D^-1/2,
-        as in T5 1.0.
+      logits_via_embedding: whether the embedding is also the matrix of the logits layer, whose
+        input is then scaled by D^-1/2, as in T5 1.0.
       broadcast_encoder_dropout: whether the positions of a row share the dropout mask of the
         encoder's output, as in flaxformer and so in the MoV paper's code (gin/paper/). If False, a
         mask is drawn for each position, as in T5X's minimal T5.
@@ -219,7 +219,7 @@ def _make_layer(
     index: int,
     **options: PyTree,
 ) -> nn.Module:
-    """Returns layer `index` of a stack; `options` are Linen's, such as its name."""
+    """Returns layer `index` of a stack; `options` are Linen's, such as the layer's `name`."""
     is_sparse = sparse is not None and sparse.is_sparse(index)
     return layer(config, adapters, sparse if is_sparse else None, **options)
 
@@ -373,18 +373,19 @@ class Transformer(nn.Module):
     ) -> Array:
         """Returns the decoder's logits [B·C, L, V], float32.
 
-        C is 1, or the number of answer choices of each input: rows b·C to b·C + C - 1 of the
-        decoder attend to row b of `encoded`.
+        C is 1, or the number of answer choices or beams of each input: rows b·C to b·C + C - 1 of
+        the decoder attend to row b of `encoded`.
 
         Args:
           encoded: [B, Le, D] from `encode`.
           encoder_input_tokens: [B, Le], for the padding mask.
-          decoder_input_tokens: [B·C, L], targets shifted right; [B, 1] in a decoding step.
+          decoder_input_tokens: [B·C, L], targets shifted right; [B·C, 1] in a decoding step.
           decoder_target_tokens: [B·C, L], for the padding mask; ignored in a decoding step.
           encoder_segment_ids, decoder_segment_ids: segments of packed rows (C = 1).
           decoder_positions: ignored, since positions are relative. T5X passes this argument.
           decode: whether this is a decoding step of one token, with the collection `cache` and, if
-            the caller makes it mutable, `cross_cache`.
+            the caller makes it mutable, `cross_cache`. The first call, of the cache's length,
+            creates the collections.
           max_decode_length: length of the cache in a decoding step.
           sentence_embeddings: [B, S], for routers that read them.
           return_hidden: whether to return the input of the logits layer, float32 [B·C, L, D],
@@ -486,7 +487,7 @@ def init_params(
 def param_shapes(
     model: Transformer, predicate: Callable[[str], bool] = lambda _: True
 ) -> dict[str, PyTree]:
-    """Returns the tree of the parameters as `jax.ShapeDtypeStruct`; allocates no arrays.
+    """Returns the parameters whose path satisfies the predicate, as `jax.ShapeDtypeStruct`.
 
     Raises:
       InputError: the number of layers of a stack is not a multiple of SPARSE_STEP.
@@ -576,7 +577,7 @@ def _repeat(values: Mapping[str, _T], model: Transformer) -> dict[str, _T]:
     """Copies the values of '<stack>/layers_<i>/…' to all layers of the same kind.
 
     Layer 0 is the traced dense layer and layer 1 the traced sparse one. If all layers are alike
-    (P = 1), layer 0 is the only one that was traced.
+    (their period is 1), layer 0 is the only one that was traced.
     """
     repeated: dict[str, _T] = {}
     depths, period = _depths(model), layer_period(model.sparse)
@@ -585,9 +586,9 @@ def _repeat(values: Mapping[str, _T], model: Transformer) -> dict[str, _T]:
         if match is None:
             repeated[path] = value
             continue
-        stack, traced, rest = match[1], int(match[2]), match[3]
+        stack, traced_index, rest = match[1], int(match[2]), match[3]
         for i in range(depths[stack]):
             is_last_of_period = i % period == period - 1  # a sparse layer, if the period is above 1
-            if traced == int(period > 1 and is_last_of_period):
+            if traced_index == int(period > 1 and is_last_of_period):
                 repeated[f"{stack}/layers_{i}/{rest}"] = value
     return repeated

@@ -20,12 +20,12 @@ def find_source(
     rng: jax.Array,
     microbatches: int,
 ) -> str:
-    """Returns what is the first to hold infinity or NaN, in words such as 'the parameter a/b'.
+    """Names the first value that holds infinity or NaN, for example 'the parameter a/b'.
 
     The candidates are, in this order, the parameters, the outputs of modules in the forward pass,
     the gradients, and the loss. The forward pass runs without compilation, one operation at a time.
-    Layers inside a scan or rematerialization are traced all the same, and have no values to check;
-    the stack around them is named instead.
+    Layers inside a scan or rematerialization are traced even so, and have no values to check; the
+    stack around them is named instead.
 
     Args:
       model, loss, trainable, frozen, batch, microbatches: see `steps.grads_and_metrics`.

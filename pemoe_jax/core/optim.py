@@ -20,7 +20,8 @@ ParamAxes: TypeAlias = Mapping[str, Sequence[str]]  # path -> axis names: `netwo
 # (schedule, param_axes=…) -> the optimizer of the parameters with these axes.
 OptimizerFactory: TypeAlias = Callable[..., optax.GradientTransformation]
 
-_EXPERT_AXES = ("expert", "adapter_expert")  # logical axis names: of sparse MLPs, of adapters
+# The logical names of the axis of experts, in sparse MLPs and in adapters.
+_EXPERT_AXES = ("expert", "adapter_expert")
 
 
 def adafactor(
@@ -37,8 +38,7 @@ def adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor (arXiv 1804.04235) without momentum, as T5 was trained.
 
-    With `multiply_by_parameter_scale`, an update is multiplied by the root mean square of the
-    parameter, or by 1e-3 if that is larger. So LoRA's B, which is zero at first, starts slowly.
+    With `multiply_by_parameter_scale`, LoRA's B starts slowly, since it is zero at first.
 
     Each expert of a parameter is updated as if it were a separate parameter. T5X does the same with
     `FactorDim.BATCH` for the axis `expert`. A router, which compares experts, is one parameter; its
@@ -62,7 +62,7 @@ def adafactor(
       param_axes: logical axis names of the parameters; None: no parameter has experts.
     """
     map_over = functools.partial(_map_over_axis, param_axes=param_axes or {})
-    rms_axes = _EXPERT_AXES if per_expert else ()
+    rms_names = _EXPERT_AXES if per_expert else ()
     # The transformations are in the order of `optax.adafactor`, so the state has its structure.
     second_moments = optax.scale_by_factored_rms(
         decay_rate=decay_rate,
@@ -73,10 +73,10 @@ def adafactor(
     # "unmodeled" is the axis of experts in a router's kernel [features, E].
     parts = [map_over(second_moments, names=(*_EXPERT_AXES, "unmodeled"))]
     if clipping_threshold is not None:
-        parts.append(map_over(optax.clip_by_block_rms(clipping_threshold), names=rms_axes))
+        parts.append(map_over(optax.clip_by_block_rms(clipping_threshold), names=rms_names))
     parts.append(optax.scale_by_learning_rate(learning_rate, flip_sign=False))
     if multiply_by_parameter_scale:
-        parts.append(map_over(optax.scale_by_param_block_rms(), names=rms_axes))
+        parts.append(map_over(optax.scale_by_param_block_rms(), names=rms_names))
     if weight_decay_rate is not None:
         parts.append(optax.add_decayed_weights(weight_decay_rate))
     return _clip(optax.chain(*parts, optax.scale(-1)), clip_norm)

@@ -146,12 +146,12 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
 
     Args:
       paths: all paths of a model.
-      patterns: regular expressions over paths. A pattern that begins with '!' excludes the paths
-        that its rest matches (`core.freezing`).
+      patterns: regular expressions over paths, or one of them. A pattern that begins with '!'
+        excludes the paths that its rest matches (`core.freezing`).
 
     Raises:
-      InputError: a pattern is not a regular expression or matches no parameter, or no parameter is
-        left.
+      InputError: a pattern is not a regular expression or matches no parameter, a '!' pattern
+        matches all parameters, or no parameter is left.
     """
     paths = list(paths)
     if isinstance(patterns, str):
@@ -170,7 +170,7 @@ def trainable_paths(paths: Iterable[str], patterns: Sequence[str]) -> set[str]:
             # In a dense model, FREEZE matches nothing ('router') or everything ('all_but_router').
             if not matched or not excluded < set(paths):
                 raise InputError(
-                    "FREEZE must be None for a model without sparse layers (methods/flan_….gin),"
+                    "FREEZE must be None unless the model has sparse layers (methods/flan_….gin),"
                     f" got {freezing.find_freeze_value(pattern)!r}"
                 )
             continue
@@ -218,7 +218,7 @@ def check_matches(source: Params, target: Params, source_name: str) -> dict[str,
       InputError: names the arrays that are missing, extra or of another shape.
     """
     flat, expected = flatten(source), flatten(target)
-    shapes = [
+    mismatches = [
         f"{path}: expected {tuple(expected[path].shape)}, got {tuple(flat[path].shape)}"
         for path in sorted(expected.keys() & flat.keys())
         if tuple(flat[path].shape) != tuple(expected[path].shape)
@@ -226,7 +226,7 @@ def check_matches(source: Params, target: Params, source_name: str) -> dict[str,
     differences = {
         "missing": sorted(expected.keys() - flat.keys()),
         "extra": sorted(flat.keys() - expected.keys()),
-        "of another shape": shapes,
+        "of another shape": mismatches,
     }
     problems = [
         f"{len(items)} {label}: {'; '.join(items[:3])}{'; …' if len(items) > 3 else ''}"
@@ -241,11 +241,11 @@ def check_matches(source: Params, target: Params, source_name: str) -> dict[str,
     return unflatten(flat)
 
 
-_FINITE_CHUNK = 1 << 20  # values that `all_finite` checks at once
+_FINITE_CHUNK = 1 << 20  # values that `is_array_finite` checks at once
 
 
-def all_finite(array: np.ndarray) -> bool:
-    """Whether an array holds neither NaN nor infinity."""
+def is_array_finite(array: np.ndarray) -> bool:
+    """Whether a numpy array holds neither NaN nor infinity."""
     # In chunks, since `np.isfinite` of a whole embedding allocates a quarter of its size.
     flat = array.ravel(order="K")  # a view for transposed arrays too
     starts = range(0, flat.size, _FINITE_CHUNK)
@@ -261,9 +261,9 @@ def _is_finite(values: np.ndarray) -> np.ndarray:
 
 
 def check_finite(tree: Params, source_name: str) -> None:
-    """Raises InputError if a numpy array holds NaN or infinity."""
+    """Raises InputError if an array of a tree of numpy arrays holds NaN or infinity."""
     for path, array in flatten(tree).items():
-        if not all_finite(array):
+        if not is_array_finite(array):
             raise InputError(f"{source_name}: {path} holds NaN or infinity")
 
 
@@ -284,7 +284,7 @@ def frozen_dtype(path: str, dtype: jax.typing.DTypeLike) -> np.dtype:
 def is_matrix(path: str) -> bool:
     """Whether a parameter is a kernel of attention or of an MLP: [in, out], or [E, in, out].
 
-    The matrices of adapters, of routers and of the logits layer are not.
+    The matrices of adapters, of routers and of the logits layer do not count.
     """
     is_excluded = path.startswith("decoder/logits") or is_adapter(path) or is_router(path)
     return path.endswith("/kernel") and not is_excluded
@@ -323,7 +323,7 @@ _sample_on_device = jax.jit(_sample)
 def fingerprint(params: Params) -> str:
     """Returns 16 hexadecimal digits, a hash of paths, shapes and a sample of each array.
 
-    It is fast for models of any size, since arrays are sampled on their devices, and does not
+    It is fast for models of any size, since arrays are sampled on their devices. The hash does not
     depend on shardings. A float32 model and its rounding to bfloat16 have the same fingerprint, so
     an adapter fits both copies of its base model.
     """

@@ -121,8 +121,8 @@ def divides_rows(rows: int) -> bool:
 def map_rows(function: Callable[..., PyTree], *arrays: jax.Array) -> PyTree:
     """Applies a function on each device to the device's rows of the arrays.
 
-    The function must treat each row by itself. Without this, XLA would gather the operands of the
-    operations that it does not partition, such as top-k.
+    The function must treat each row by itself. Without `shard_map`, XLA would gather the operands
+    of the operations that it does not partition, such as top-k.
     """
     if not divides_rows(len(arrays[0])):
         return function(*arrays)
@@ -279,6 +279,7 @@ def value_of_param(key_path: jax.tree_util.KeyPath, values: Mapping[str, _T]) ->
 
 
 def _fits(sharding: NamedSharding, shape: Sequence[int]) -> bool:
+    """Whether a sharding has as many axes as the shape and divides each of them evenly."""
     return len(sharding.spec) == len(shape) and all(
         size % _axis_size(sharding.mesh, axis) == 0
         for axis, size in zip(sharding.spec, shape, strict=True)
@@ -327,7 +328,7 @@ def data_shard(mesh: Mesh) -> tuple[int, int]:
     same part of a batch. So processes with devices in the same mesh rows read the same part.
 
     Raises:
-      InputError: two processes share some mesh rows, but not all of theirs.
+      InputError: two processes have some mesh rows in common, but not all.
     """
     # Process -> numbers of its mesh rows.
     rows: dict[int, set[int]] = {}

@@ -32,7 +32,7 @@ STATISTICS = ("entropy", "load", "dead", "balance_loss", "z_loss", "aux_loss")
 DEAD_LOAD = 0.01
 # The int8 values of the array `assignments` [..., E] that a sparse layer sows for its tokens.
 NOT_ASSIGNED, DROPPED, PLACED = 0, 1, 2
-# The end of the path of a sparse layer's router. The path of an adapter's router ends in the site.
+# The end of a sparse layer's path in `sown_by_router`. An adapter's path ends in '<site>_adapter'.
 EXPERTS_SITE = "mlp/experts"
 # Router metrics are averaged over the layers of a stack ('sites'), or reported for each router.
 DETAIL_LEVELS = ("sites", "layers")
@@ -78,7 +78,7 @@ class Router(nn.Module):
       temperature: divides the logits.
       jitter_noise: ε; in training, features are multiplied by U(1 - ε, 1 + ε) (arXiv 2101.03961).
       balance_loss: α of the load-balance loss α·E·Σ f_i P_i (arXiv 2101.03961).
-      z_loss: coefficient of the mean of log(Z)², Z being the softmax's denominator
+      z_loss: coefficient of the mean of log(Z)², where Z is the softmax's denominator
         (arXiv 2202.08906).
       reads: 'x' (the input of the site's projection), 'y' (its output) or 'sentence' (an embedding
         of the example: one distribution for all its tokens); None: as in the paper, y for vector
@@ -173,7 +173,7 @@ def _route(
 
 
 def _keep_largest(probs: Array, k: int) -> Array:
-    """Sets all but the k largest entries of the last axis to 0; keeps the first of equal ones."""
+    """Sets all but the k largest entries of the last axis to 0; of equal ones, keeps the first."""
     # The mask comes from the indices, since a threshold would keep more than k experts in a tie.
     _, indices = jax.lax.top_k(jax.lax.stop_gradient(probs), k)
     mask = jnp.sum(jax.nn.one_hot(indices, probs.shape[-1], dtype=probs.dtype), axis=-2)
@@ -181,11 +181,14 @@ def _keep_largest(probs: Array, k: int) -> Array:
 
 
 def _token_weights(logits: Array, valid: Array | None) -> Array:
-    """Returns weights [B, L, ...] of logits [B, L, ..., E], or [B] of one distribution per row."""
+    """Returns the weight of each distribution: [B, L, ...] for logits [B, L, ..., E].
+
+    For logits [B, E] with one distribution per row, returns [B].
+    """
     if valid is None:
         return jnp.ones(logits.shape[:-1], jnp.float32)
     valid = valid.astype(jnp.float32)
-    if logits.ndim == 2:  # the distribution of a sentence counts once for each of its tokens
+    if logits.ndim == 2:  # the distribution of a row counts once for each of the row's tokens
         return jnp.sum(valid, axis=1)
     valid = valid.reshape(*valid.shape, *([1] * (logits.ndim - 3)))
     return jnp.broadcast_to(valid, logits.shape[:-1])
@@ -214,8 +217,8 @@ def compute_statistics(logits: Array, soft: Array, probs: Array, weights: Array)
     log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
     entropy = log_sum - jnp.sum(soft * shifted, axis=-1)
     squared_log_z = jnp.square(largest[..., 0] + log_sum)
-    # Without argmax, which takes as long on a CPU as all other statistics. So in a tie, each of the
-    # tied experts counts.
+    # A comparison with the maximum, since argmax takes as long on a CPU as all other statistics. So
+    # in a tie, each of the tied experts counts.
     top_1 = jax.lax.stop_gradient((shifted >= 0).astype(jnp.float32))
 
     def weighted_sum(x: Array) -> Array:  # [..., E] -> [E]
@@ -261,11 +264,11 @@ def statistics_from_sums(
 def sown_by_router(collection: Mapping[str, PyTree], name: str) -> dict[str, Array]:
     """Returns router path -> the array that the router sowed as `name`, sorted by path.
 
-    The path is '<stack>/layers_<i>/mlp/experts' for a sparse layer's router, and that of the
-    adapter, such as '<stack>/layers_<i>/mlp/gate_adapter', for an adapter's router.
+    The path of a sparse layer's router is '<stack>/layers_<i>/mlp/experts'. An adapter's router has
+    the path of the adapter, such as '<stack>/layers_<i>/mlp/gate_adapter'.
     """
-    # Sorted by these paths. The sown paths, such as '…/mlp/statistics' of a sparse layer, have
-    # another order.
+    # Sorted by router path, since the order of the sown paths, such as a sparse layer's
+    # '…/mlp/statistics', differs.
     by_router = {}
     for path, (value,) in params_lib.flatten(collection).items():
         module, _, ending = path.rpartition("/")
@@ -276,7 +279,7 @@ def sown_by_router(collection: Mapping[str, PyTree], name: str) -> dict[str, Arr
 
 
 def is_sparse_layer(path: str) -> bool:
-    """Whether a router belongs to a sparse layer; if not, it belongs to an adapter."""
+    """Whether the router at a path belongs to a sparse layer; if not, it belongs to an adapter."""
     return path.endswith(f"/{EXPERTS_SITE}")
 
 
@@ -309,8 +312,8 @@ def summarize_statistics(
 
     Returns:
       Scalars: 'entropy', … over all routers, and 'encoder/mlp/gate/entropy', … for each site or
-      router. The load is the maximum over routers, every other statistic the mean. The auxiliary
-      loss is only reported for the whole model, see `total_aux_loss`.
+      router. The load is the maximum over routers, and any other statistic is the mean. The
+      auxiliary loss is only reported for the whole model, see `total_aux_loss`.
     """
     groups: dict[str, list[int]] = {"": list(range(len(paths)))}  # "" is the whole model
     for row, path in enumerate(paths):

@@ -18,11 +18,13 @@ Array = jax.Array
 def truncate_logits(logits: Array, top_k: int | Array, top_p: float | Array) -> Array:
     """Sets the logits of unlikely tokens to -inf, by top-k and then by top-p.
 
+    Tokens that tie with the least likely of the kept tokens are kept too.
+
     Args:
       logits: [B, V], already divided by the temperature.
-      top_k: number of most likely tokens to keep; tokens that tie with the last one stay too.
-      top_p: least sum of probabilities to keep. The probabilities are those of the k most likely
-        tokens, renormalized; the fewest tokens that reach the sum stay.
+      top_k: number of most likely tokens to keep.
+      top_p: the least sum of the kept tokens' probabilities, which are renormalized over the
+        `top_k` tokens. As few of the most likely tokens are kept as reach this sum.
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     vocab_size = logits.shape[-1]
@@ -50,7 +52,7 @@ def sample_decode(
     eos_id: int | Array = 1,
     truncate: bool = True,
 ) -> Array:
-    """Samples a token at each step until every row has ended.
+    """Samples a token at each step, until all rows have ended or have T tokens.
 
     Args:
       model: the network.

@@ -31,7 +31,7 @@ def check_router(router: Any) -> None:
             f"Router.top_k must be None or between 1 and num_experts ({num_experts}), got {top_k!r}"
         )
     if router.reads not in (None, *READS):
-        raise InputError(f"Router.reads must be one of {READS}, got {router.reads!r}")
+        raise InputError(f"Router.reads must be None or one of {READS}, got {router.reads!r}")
     if not router.temperature > 0:
         raise InputError(f"Router.temperature must be positive, got {router.temperature!r}")
     if not 0 <= router.jitter_noise < 1:

@@ -113,7 +113,7 @@ def weights_and_normalizer(batch: Batch, factor: float | str | None) -> tuple[Ar
 def apply_model(
     model: Model, params: Params, batch: Batch, dropout_rng: Array | None, **options: object
 ) -> PyTree:
-    """Returns the logits [B, L, V] of a batch, packed or not, or what `options` ask for.
+    """Returns the logits [B, L, V] of a batch, packed or not, or the result that `options` ask for.
 
     Args:
       batch: arrays [B, L] under T5X's names, and optionally sentence_embeddings [B, S].
@@ -169,6 +169,8 @@ def _loss_sums(
     sown = collections.get("routers", {})
     statistics = routing.sown_by_router(sown, "statistics")
     if statistics:
+        # Multiplied by the tokens, since the sums of microbatches are added, and `_metrics` divides
+        # by all tokens.
         sums["routers"] = jnp.stack([*statistics.values()]) * sums["tokens"]
         # The column is taken from each router's row and not from the stacked array, so that XLA
         # drops the statistics that nothing reads.
@@ -177,7 +179,8 @@ def _loss_sums(
             [jax.lax.index_in_dim(row, column, keepdims=False) for row in statistics.values()]
         )
         # Multiplied by the sum of the weights, since the total is later divided by the normalizer.
-        # The ratio of the auxiliary loss to the tokens' losses then does not depend on it.
+        # The ratio of the auxiliary loss to the tokens' losses then does not depend on the
+        # normalizer.
         total += routing.total_aux_loss([*statistics], aux_losses) * jnp.sum(weights)
     if dispatch := routing.sown_by_router(sown, "dispatch"):
         sums["dispatch"] = jnp.stack([*dispatch.values()]) * sums["tokens"]
@@ -211,9 +214,12 @@ def router_paths(model: network.Transformer) -> list[str]:
 def summarize_routers(
     paths: Sequence[str], rows: Mapping[str, Array | np.ndarray], detail: str
 ) -> dict[str, Array | np.ndarray]:
-    """Returns a step's `routers` and `dispatch` by metric name, e.g. 'encoder/mlp/experts/dropped'.
+    """Returns a step's router metrics as scalars by name, such as 'encoder/mlp/experts/dropped'.
 
-    `paths` are the `router_paths`; see `routing.summarize_statistics`.
+    Args:
+      paths: the `router_paths` of the model.
+      rows: the step's metrics `routers` and, for a sparse model, `dispatch`.
+      detail: see `routing.summarize_statistics`.
     """
     metrics = routing.summarize_statistics(paths, rows["routers"], detail)
     if "dispatch" in rows:
@@ -394,7 +400,7 @@ def make_eval_step(model: Model, loss: Loss) -> Callable[[Params, Params, Batch]
 
 
 @jax.jit
-def all_finite(tree: PyTree) -> Array:
+def is_tree_finite(tree: PyTree) -> Array:
     """Returns whether all values of a tree of arrays are finite, bool []."""
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
@@ -412,23 +418,26 @@ def score_choices(model: network.Transformer, params: Params, batch: Batch) -> A
         [B, C, Lt]; sentence_embeddings [B, S] for routers that read them. A row with fewer than C
         choices is filled up with zeros.
     """
-    tokens, is_real = _choice_tokens(model, params, batch)
-    return -jnp.sum(tokens["nll"] * is_real, axis=-1)
+    token_values, is_real = _token_values(model, params, batch)
+    return -jnp.sum(token_values["nll"] * is_real, axis=-1)
 
 
 def score_and_match_choices(
     model: network.Transformer, params: Params, batch: Batch
 ) -> tuple[Array, Array]:
-    """Returns `score_choices`, and whether greedy decoding returns each choice, [B, C] bool."""
-    tokens, is_real = _choice_tokens(model, params, batch)
-    scores = -jnp.sum(tokens["nll"] * is_real, axis=-1)
-    return scores, jnp.all(tokens["correct"] >= is_real, axis=-1)
+    """Returns `score_choices`, and whether greedy decoding returns each choice, [B, C] bool.
+
+    The second array is True for the zeros that fill up a row.
+    """
+    token_values, is_real = _token_values(model, params, batch)
+    scores = -jnp.sum(token_values["nll"] * is_real, axis=-1)
+    return scores, jnp.all(token_values["correct"] >= is_real, axis=-1)
 
 
-def _choice_tokens(
+def _token_values(
     model: network.Transformer, params: Params, batch: Batch
 ) -> tuple[dict[str, Array], Array]:
-    """Returns the parts of each token's `chunked_cross_entropy`, and 1 for tokens, 0 for padding.
+    """Returns `chunked_cross_entropy`'s values of each token, and 1 for tokens, 0 for padding.
 
     All arrays are [B, C, Lt]; see `score_choices`.
     """
@@ -456,6 +465,6 @@ def _choice_tokens(
     )
     kernel = network.logits_kernel(params)
     is_real = jnp.greater(targets, 0).astype(jnp.float32)
-    _, tokens = cross_entropy.chunked_cross_entropy(hidden, kernel, targets, is_real)
-    by_choice = {name: value.reshape(rows, choices, length) for name, value in tokens.items()}
+    _, token_values = cross_entropy.chunked_cross_entropy(hidden, kernel, targets, is_real)
+    by_choice = {name: value.reshape(rows, choices, length) for name, value in token_values.items()}
     return by_choice, is_real.reshape(rows, choices, length)

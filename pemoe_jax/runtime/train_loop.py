@@ -296,7 +296,7 @@ class TrainLoop:
         Raises:
           InputError: a value is infinite or NaN. To resume from such a state would be useless.
         """
-        if not steps.all_finite((state.params, state.opt_state)):
+        if not steps.is_tree_finite((state.params, state.opt_state)):
             step = int(state.step)
             raise InputError(
                 f"parameters are infinite or NaN after step {step}, which is not saved"

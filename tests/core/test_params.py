@@ -136,17 +136,17 @@ def test_check_finite():
             params.check_finite(changed(PATHS[1], (0, 0), value), "x")
 
 
-def test_all_finite(monkeypatch):
+def test_is_array_finite(monkeypatch):
     """In chunks; transposed, sliced, empty and bfloat16 arrays."""
     monkeypatch.setattr(params, "_FINITE_CHUNK", 7)
     array = np.arange(60, dtype=np.float32).reshape(6, 10)
     for form in (array, array.T, array[:, 2:5], array[:0], array.astype(jnp.bfloat16)):
-        assert params.all_finite(form)
+        assert params.is_array_finite(form)
     for index in ((0, 0), (3, 3), (5, 9)):
         bad = array.copy()
         bad[index] = np.nan
-        assert not params.all_finite(bad) and not params.all_finite(bad.T)
-        assert not params.all_finite(bad.astype(jnp.bfloat16))
+        assert not params.is_array_finite(bad) and not params.is_array_finite(bad.T)
+        assert not params.is_array_finite(bad.astype(jnp.bfloat16))
     bits = np.arange(1 << 16, dtype=np.uint16)  # every bfloat16
     finite = np.isfinite((bits.astype(np.uint32) << 16).view(np.float32))
     np.testing.assert_array_equal(params._is_finite(bits.view(jnp.bfloat16)), finite)

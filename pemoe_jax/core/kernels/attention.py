@@ -134,7 +134,7 @@ _AXES = {
     "bias": ("broadcast", "heads", "queries", "keys"),
     "transposed_bias": ("broadcast", "heads", "keys", "queries"),
     "first": ("batch", "tile"),
-    "last": ("batch", "tile"),
+    "end": ("batch", "tile"),
 }
 
 
@@ -159,14 +159,18 @@ class _Call:
     def __call__(
         self, kernel: Callable[..., None], over: str, outputs: list[str], **inputs: Array | None
     ) -> list[Array]:
-        """Runs `kernel` for each tile of `over` ('queries' or 'keys'), and returns its outputs."""
+        """Runs `kernel` for each tile of `over` ('queries' or 'keys'), and returns its outputs.
+
+        `outputs` are the names in `_AXES` that have the outputs' axes. `inputs` are passed by their
+        names there.
+        """
         # Imported late: it takes a second, which only users of these kernels should pay.
         from jax.experimental import pallas as pl
         from jax.experimental.pallas import triton
 
         arrays = {name: self._pad(name, x) for name, x in inputs.items() if x is not None}
-        first, last = self._visited_tiles(arrays["query_ids"], arrays["key_ids"], over)
-        arrays = {"first": first, "last": last, **arrays}
+        first, end = self._visited_tiles(arrays["query_ids"], arrays["key_ids"], over)
+        arrays = {"first": first, "end": end, **arrays}
 
         def kernel_of_refs(*refs: Ref) -> None:
             kernel(
@@ -202,7 +206,10 @@ class _Call:
         return jax.ShapeDtypeStruct(shape, jnp.float32 if name == "normalizer" else jnp.bfloat16)
 
     def _block_spec(self, name: str, over: str, block_spec: "type[pl.BlockSpec]") -> "pl.BlockSpec":
-        """Returns a program's block: one tile of the axis `over`, all of the other side."""
+        """Returns a program's block of an array: one tile of `over`, and all of the other side.
+
+        The block has one row of the batch and one head.
+        """
         sizes = {**self.padded, over: self.tile[over], "size": self.size}
 
         def index(tile: Index, row: Index, head: Index) -> tuple[Index, ...]:
@@ -212,14 +219,15 @@ class _Call:
         return block_spec(tuple(sizes.get(axis) for axis in _AXES[name]), index)
 
     def _visited_tiles(self, query_ids: Array, key_ids: Array, over: str) -> tuple[Array, Array]:
-        """Returns the range of tiles of the other side that each tile of `over` has to visit.
+        """Returns the range of tiles on the other side that each tile of `over` has to visit.
 
         Two tiles are compared by their ranges of segments, so no pair with a common segment is
         missed. If segments ascend along a row without gaps, as in packed examples, a pair without
         a common segment is visited only if its query tile has padding, whose 0 widens the range.
 
         Returns:
-          int32 [B, tiles] each: the first tile to visit, and the last one plus 1.
+          int32 [B, tiles] each: the first tile to visit, and the end, the last one plus 1. They are
+          equal if there is no tile to visit.
         """
         query_ids = query_ids.reshape(self.batch, -1, 1, self.tile["queries"])
         key_ids = key_ids.reshape(self.batch, 1, -1, self.tile["keys"])
@@ -235,8 +243,8 @@ class _Call:
             overlap = jnp.swapaxes(overlap, 1, 2)
         first = jnp.argmax(overlap, axis=2)
         from_end = jnp.argmax(overlap[:, :, ::-1], axis=2)
-        last = jnp.where(jnp.any(overlap, axis=2), overlap.shape[2] - from_end, first)
-        return first.astype(jnp.int32), last.astype(jnp.int32)
+        end = jnp.where(jnp.any(overlap, axis=2), overlap.shape[2] - from_end, first)
+        return first.astype(jnp.int32), end.astype(jnp.int32)
 
 
 # The kernels. A program has one head of one row of the batch: the query and the output's gradient
@@ -295,11 +303,11 @@ def _forward_kernel(
         return total, new_largest, denominator * rescale + jnp.sum(weights, axis=1)
 
     zeros = jnp.zeros(query.shape, jnp.float32)
-    row = jnp.zeros(query_tile, jnp.float32)
-    # The maximum starts below masked logits, so that rows with only masked logits need no special
-    # case.
+    zero = jnp.zeros(query_tile, jnp.float32)
+    # The maximum starts below masked logits, so that a query with only masked logits needs no
+    # special case.
     total, largest, denominator = jax.lax.fori_loop(
-        ref["first"][...], ref["last"][...], add, (zeros, row + 2 * _NEG_INF, row)
+        ref["first"][...], ref["end"][...], add, (zeros, zero + 2 * _NEG_INF, zero)
     )
     denominator = jnp.where(denominator == 0, 1.0, denominator)  # if no tile of keys was visited
     out[...] = (total / denominator[:, None]).astype(out.dtype)
@@ -325,7 +333,7 @@ def _query_grad_kernel(
         return total + _dot(grad_logits.astype(key.dtype), key, 0)
 
     zeros = jnp.zeros(query.shape, jnp.float32)
-    total = jax.lax.fori_loop(ref["first"][...], ref["last"][...], add, zeros)
+    total = jax.lax.fori_loop(ref["first"][...], ref["end"][...], add, zeros)
     out[...] = total.astype(out.dtype)
 
 
@@ -364,7 +372,7 @@ def _key_value_grad_kernel(
 
     zeros = jnp.zeros(key.shape, jnp.float32)
     total_key, total_value = jax.lax.fori_loop(
-        ref["first"][...], ref["last"][...], add, (zeros, zeros)
+        ref["first"][...], ref["end"][...], add, (zeros, zeros)
     )
     key_grad[...] = total_key.astype(key_grad.dtype)
     value_grad[...] = total_value.astype(value_grad.dtype)

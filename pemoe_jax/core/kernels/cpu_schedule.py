@@ -7,8 +7,8 @@ def rematerialization_options(remat_policy: str) -> dict[str, str]:
     """Returns the compiler options of `jax.jit` for a step with one of `stacks.REMAT_POLICIES`.
 
     XLA's default schedule on CPUs runs independent operations in parallel, and is 4 to 10 % faster.
-    With rematerialization, it would recompute all layers at once and hold their activations in
-    memory. So the schedule with the lowest memory use is chosen for it.
+    With rematerialization, this schedule would recompute all layers at once and hold their
+    activations in memory. So a policy that recomputes gets the schedule with the lowest memory use.
     """
     if remat_policy == "none" or jax.default_backend() != "cpu":
         return {}

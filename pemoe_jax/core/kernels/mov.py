@@ -44,10 +44,10 @@ Carry = TypeVar("Carry")
 
 _ROW_TILE = 64  # rows in a tile
 _FEATURE_TILE_BYTES = 256  # size of one row of a tile: 128 bfloat16 or 64 float32 features
-# Row tiles of a program in the forward pass, which loads the parameters once for all of them.
+# Row tiles of a program in the forward pass. The program loads the parameters once for all of them.
 _FORWARD_ROW_TILES = 4
-# The largest number of programs of a backward kernel that sums over rows: eight for each of an
-# H100's 132 multiprocessors.
+# The largest number of programs of a backward kernel that sums over rows: eight for each of the 132
+# multiprocessors of an H100 or H200.
 _MAX_PROGRAMS = 1056
 
 
@@ -72,9 +72,9 @@ def route_and_scale(
       interpret: whether to run the kernels on any device, slowly, for tests.
 
     Returns:
-      The product, in y's shape and dtype, and float32 [4, E], weighted sums over tokens and heads.
-      The rows are the sums of p, of 1 for the expert with the largest p, of p's entropy, and of
-      log(Z)². The last two rows hold one value in all columns. The sums have no gradient.
+      The product, in y's shape and dtype, and four weighted sums over tokens and heads, float32
+      [4, E]: the sums of p, of 1 for the expert with the largest p, of p's entropy, and of log(Z)².
+      The last two have the same value for all experts. The sums have no gradient.
     """
     return _vjp_forward(y, kernel, vectors, weights, interpret)[0]
 
@@ -428,7 +428,7 @@ def _forward_kernel(
         out[rows, :] = (tile.astype(jnp.float32) * scale).astype(out.dtype)
         return tuple(a + b for a, b in zip(totals, terms, strict=True))
 
-    # Tiles are added row by row, and the rows are summed once at the end instead of in every tile.
+    # The terms of all tiles are added elementwise, and their rows are summed once at the end.
     wide, narrow = (jnp.zeros((_ROW_TILE, n), jnp.float32) for n in (sums.shape[1], 1))
     _store_sums(sums, program.over_rows(add, (wide, wide, narrow, narrow)))
 

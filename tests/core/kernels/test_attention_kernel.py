@@ -136,11 +136,11 @@ def test_tiles_without_a_common_segment_are_skipped():
     ids = jnp.repeat(jnp.asarray([1, 1, 2, 2, 0]), 64)[None]
     x = jnp.zeros((1, 320, 1, 16), jnp.bfloat16)
     call = attention_kernels._Call(x, x, False, True)
-    first, last = call._visited_tiles(ids, ids, "queries")
-    assert (last - first).tolist() == [[2, 2, 2, 2, 0]] and first.tolist()[0][:4] == [0, 0, 2, 2]
+    first, end = call._visited_tiles(ids, ids, "queries")
+    assert (end - first).tolist() == [[2, 2, 2, 2, 0]] and first.tolist()[0][:4] == [0, 0, 2, 2]
     causal = attention_kernels._Call(x, x, True, True)
-    first, last = causal._visited_tiles(ids, ids, "keys")
-    assert first.tolist()[0][:4] == [0, 1, 2, 3] and (last - first).tolist() == [[2, 1, 2, 1, 0]]
+    first, end = causal._visited_tiles(ids, ids, "keys")
+    assert first.tolist()[0][:4] == [0, 1, 2, 3] and (end - first).tolist() == [[2, 1, 2, 1, 0]]
 
 
 def whole_step(**settings):
