@@ -388,7 +388,7 @@ def from_description(description: Mapping[str, Description]) -> Adapters:
     """Returns the adapters of a description; the inverse of `describe`.
 
     Raises:
-      InputError: an unknown site, kind of adapter or setting.
+      InputError: a site, a kind or a setting is unknown, or a setting has the wrong type.
     """
     unknown = sorted(description.keys() - SITES.keys())
     if unknown:

@@ -24,7 +24,7 @@ CHUNK_BYTES = 128 * 2**20
 
 
 TokenValues = dict[str, Array]  # 'nll', 'z' and 'correct' of each token
-Gradients = tuple[Array | None, Array | None]  # of x and of the kernel; None if not needed
+Gradients = tuple[Array | None, Array | None]  # of x and of the kernel; None for one not needed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

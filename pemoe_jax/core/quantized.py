@@ -27,7 +27,7 @@ FROZEN_DTYPES = (ACTIVATIONS, "int8", "float8_e4m3fn")
 class QuantizedMatrix:
     """A matrix [in, out] as `values * scale`; takes the place of a kernel in a parameter tree.
 
-    In [E, in, out], the matrix of each expert is quantized separately.
+    Of matrices [E, in, out], each expert's matrix is quantized separately.
 
     Attributes:
       values: int8 or float8_e4m3fn [in, out] or [E, in, out].

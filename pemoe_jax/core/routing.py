@@ -167,8 +167,8 @@ def _route(
         aux_loss += balance_loss * statistics[STATISTICS.index("balance_loss")]
     if z_loss:
         aux_loss += z_loss * statistics[STATISTICS.index("z_loss")]
-    # Only the auxiliary loss has a gradient. Otherwise, gradients of zeros would flow back from the
-    # metrics through the whole network.
+    # Only the auxiliary loss has a gradient. Otherwise, gradients that are zero would be computed
+    # from the metrics back through the whole network.
     return RouterOutput(probs, jnp.append(jax.lax.stop_gradient(statistics), aux_loss))
 
 

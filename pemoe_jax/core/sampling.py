@@ -23,8 +23,8 @@ def truncate_logits(logits: Array, top_k: int | Array, top_p: float | Array) -> 
     Args:
       logits: [B, V], already divided by the temperature.
       top_k: number of most likely tokens to keep.
-      top_p: the least sum of the kept tokens' probabilities, which are renormalized over the
-        `top_k` tokens. As few of the most likely tokens are kept as reach this sum.
+      top_p: the fewest most likely tokens are kept whose probabilities add up to this value. The
+        probabilities are those of the `top_k` tokens, renormalized.
     """
     ordered = jnp.sort(logits, axis=-1, descending=True)
     vocab_size = logits.shape[-1]

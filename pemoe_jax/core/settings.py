@@ -8,7 +8,7 @@ from typing import Any
 
 from pemoe_jax.core.errors import InputError, check_integer
 
-# What a router can read: see `routing.Router.reads`.
+# What a router can read; see `reads` of `routing.Router`.
 READS = ("x", "y", "sentence")
 
 

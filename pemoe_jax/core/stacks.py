@@ -6,7 +6,7 @@ parameter of the N / P layers j, j + P, … as one array [N / P, …]. The path 
 `<stack>/layers/…` for P = 1, and `<stack>/layers/<j>/…` otherwise.
 
 Frozen parameters are stacked once, before training. Trainable parameters are stacked in each step,
-since optimizer states, checkpoints and TRAINABLE have only the unstacked paths
+since optimizer states, checkpoints and the patterns of TRAINABLE have the unstacked paths
 `<stack>/layers_<i>/…`.
 """
 

@@ -25,7 +25,8 @@ Array = jax.Array
 Batch = Mapping[str, Array | np.ndarray]
 Metrics = dict[str, Array]
 
-# Metrics that are arrays: `routers` has a row for each router, `dispatch` for each sparse layer.
+# Metrics that are arrays: `routers` has a row for each router, and `dispatch` has a row for each
+# sparse layer.
 ROUTER_ROWS = ("routers", "dispatch")
 
 NORMALIZERS = ("NUM_REAL_TARGET_TOKENS", "NUM_TOTAL_TARGET_TOKENS", "AVERAGE_PER_SEQUENCE")

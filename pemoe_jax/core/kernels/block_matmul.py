@@ -70,9 +70,10 @@ def _bwd(residuals: _Residuals, grad: Array) -> tuple[Array, Array, None, None]:
         expert, rows = experts[i], _block(grad, i, size)
         product = rows @ kernel[expert].T
         grad_x = jax.lax.dynamic_update_slice_in_dim(grad_x, product, i * size, 0)
-        outer = (_block(x, i, size).T @ rows).astype(grad_kernel.dtype)
-        return grad_x, grad_kernel.at[expert].add(outer)
+        expert_grad = (_block(x, i, size).T @ rows).astype(grad_kernel.dtype)
+        return grad_x, grad_kernel.at[expert].add(expert_grad)
 
+    # float32, since the gradients of an expert's blocks are added one after another.
     grad_kernel = jnp.zeros(kernel.shape, jnp.float32)
     grad_x, grad_kernel = jax.lax.fori_loop(0, used, body, (jnp.zeros_like(x), grad_kernel))
     return grad_x, grad_kernel.astype(kernel.dtype), None, None
