@@ -40,12 +40,12 @@ def evaluate(
 
     Args:
       models: the models to score, each a row of the table.
-      data: `_score_eval` tasks, or a mixture of them.
+      data: `_score_eval` tasks, which have a row for each answer choice, or a mixture of them.
       output_dir: folder for results.json, results.md, predictions/<run>/<task>.jsonl,
         shots/<task>.jsonl and routing_<run>.png.
       mesh: the shape of the device mesh, and how parameters are sharded over it.
-      routing_picture: whether to draw, for models with routers, which experts the tasks use on
-        inputs without shots.
+      routing_picture: whether to draw which experts the tasks use, on inputs without shots, for
+        models with routers.
       few_shot: the solved examples in front of each input.
       length_normalized: whether to also report accuracy by log-likelihood per character, byte and
         token of a choice.
@@ -110,14 +110,14 @@ def evaluate(
         benchmarks = benchmark_table.summarize_benchmarks(setup.task_roles.benchmarks, tasks)
         if benchmarks:
             summary["benchmarks"] = benchmarks
-        about = describe_run(opened, summary["datasets"])
-        about["evaluation_seconds"] = round(seconds, 3)
-        results["runs"].append({**about, **few_shot.record, **summary, "tasks": tasks})
+        description = describe_run(opened, summary["datasets"])
+        description["evaluation_seconds"] = round(seconds, 3)
+        results["runs"].append({**description, **few_shot.record, **summary, "tasks": tasks})
         # Written after each run, so that a later run that fails leaves the results so far.
         setup.write(results, result_tables.results_markdown(results))
         if routing_picture and setup.task_roles.datasets:
             _draw_routing(setup, opened, params, zero_shot_groups, read_groups, data.batch_size)
-        # Otherwise both models would be in memory while the next one is loaded.
+        # Otherwise two models would be in memory while the next one is loaded.
         del params
     result_tables.print_results(results)
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
@@ -140,8 +140,9 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     Its keys are those of `OpenedModel.summary` and:
       variant: the method with its experts, rank and routing, see `counts.method_label`.
       used: number of parameters that a token uses.
-      flops, flops_with_places: the two numbers of `flops.token_flops`.
-      seed, settings: the seed, and a fingerprint that is equal for runs that differ only in it.
+      flops, flops_with_places: the two numbers that `flops.token_flops` returns.
+      seed: the run's seed.
+      settings: a fingerprint of all other settings; runs that differ only in their seeds share it.
       step_times: see `step_times.read_step_times`.
       trained_datasets: the scored datasets that the run was trained on.
 
@@ -153,27 +154,28 @@ def describe_run(opened: "OpenedModel", datasets: Mapping[str, object]) -> dict[
     from pemoe_jax.core import adapters, network, params
     from pemoe_jax.runtime import step_times
 
-    about = opened.summary()
-    shapes = params.flatten(network.param_shapes(opened.model))
-    described = adapters.describe(opened.model.adapters)
+    entry = opened.summary()
     model = opened.model
-    about["variant"] = counts.method_label(about["method"], shapes, described, model.sparse)
-    about["used"] = flops.used_parameters(shapes, model.sparse)
-    router_reads = flops.describe_router_reads(described)
-    by_experts, with_places = flops.token_flops(shapes, router_reads, model.sparse)
-    about |= {"flops": by_experts, "flops_with_places": with_places}
+    shapes = params.flatten(network.param_shapes(model))
+    sites = adapters.describe(model.adapters)
+    entry["variant"] = counts.method_label(entry["method"], shapes, sites, model.sparse)
+    entry["used"] = flops.used_parameters(shapes, model.sparse)
+    router_reads = flops.describe_router_reads(sites)
+    entry["flops"], entry["flops_with_places"] = flops.token_flops(
+        shapes, router_reads, model.sparse
+    )
     record = opened.record
     if record is None:
-        return about
+        return entry
     settings = initial_run.fingerprint_settings(opened.path, record)
     if settings is not None:
-        about |= {"seed": record.seed, "settings": settings}
+        entry |= {"seed": record.seed, "settings": settings}
     if runs.is_run(opened.path):
         metrics = runs.resolve(opened.path)[0] / "metrics.jsonl"
-        about["step_times"] = step_times.read_step_times(metrics, opened.step)
+        entry["step_times"] = step_times.read_step_times(metrics, opened.step)
     if record.trained_datasets is not None:
-        about["trained_datasets"] = sorted(set(record.trained_datasets) & set(datasets))
-    return about
+        entry["trained_datasets"] = sorted(set(record.trained_datasets) & set(datasets))
+    return entry
 
 
 def _draw_routing(
@@ -184,7 +186,7 @@ def _draw_routing(
     read_groups: "Callable[[str], Sequence[ChoiceGroup]]",
     batch_size: int,
 ) -> None:
-    """Draws which experts each dataset uses, both training datasets and scored ones.
+    """Draws which experts each dataset uses, for the datasets of training and the scored ones.
 
     A dataset is represented by its first task, and a task by its first examples.
 
@@ -192,7 +194,7 @@ def _draw_routing(
       setup: the evaluation.
       opened, params: the model.
       groups_by_task: scored task -> its examples, without shots.
-      read_groups: function that reads the examples of another task.
+      read_groups: reads the examples of a task that is not scored.
       batch_size: number of rows of a batch.
     """
     from pemoe_jax.analysis import plots

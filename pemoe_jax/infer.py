@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 FLAGS = gin_flags.make_parser(
     "infer",
     "Decodes the evaluation splits of tasks greedily (EVAL_TASKS, or else the training tasks) and\n"
-    "writes predictions, results.json and results.md to EVAL_OUTPUT_DIR. Rows need no targets;\n"
-    "metrics leave out rows without one. A task's metrics are those that it is registered with,\n"
+    "writes predictions, results.json and results.md to EVAL_OUTPUT_DIR. Rows need no target;\n"
+    "metrics leave out those without one. A task's metrics are those that it is registered with,\n"
     "else those of P3 or of INDEX.json in JSONL_DIR (Accuracy, BLEU, ROUGE, Squad, Spearman\n"
     "Correlation), else accuracy: the share of predictions that equal the target exactly. With\n"
     "--text, texts are decoded instead, answers are printed, and nothing is written.",
@@ -38,8 +38,17 @@ FLAGS.add_argument(
 
 # Settings that a user may have set but that --text ignores, with a warning.
 _TASK_MACROS = (
-    *("EVAL_OUTPUT_DIR", "EVAL_TASKS", "TRAIN_TASKS", "EVAL_EXAMPLES", "JSONL_DIR", "P3_DIR"),
-    *("MMLU_DIR", "BBH_DIR", "MIXTURE_OR_TASK_MODULE", "USE_CACHED_TASKS", "SENTENCE_EMBEDDINGS"),
+    "EVAL_OUTPUT_DIR",
+    "EVAL_TASKS",
+    "TRAIN_TASKS",
+    "EVAL_EXAMPLES",
+    "JSONL_DIR",
+    "P3_DIR",
+    "MMLU_DIR",
+    "BBH_DIR",
+    "MIXTURE_OR_TASK_MODULE",
+    "USE_CACHED_TASKS",
+    "SENTENCE_EMBEDDINGS",
 )
 
 
@@ -50,7 +59,7 @@ def infer(
     mesh: "partitioning.MeshConfig",
     few_shot: options.FewShot = options.ZERO_SHOT,
 ) -> dict[str, Any]:
-    """Decodes every task with every model and computes its metrics, with seqio's Evaluator.
+    """Decodes every task with every model, and computes the tasks' metrics by seqio's Evaluator.
 
     Args:
       models: the models to decode with.
@@ -62,7 +71,7 @@ def infer(
       few_shot: the solved examples in front of each input.
 
     Returns:
-      The contents of results.json; metrics in percent.
+      The contents of results.json. This package's own metrics are in percent.
 
     Raises:
       InputError: a setting or a file is wrong.
@@ -95,11 +104,11 @@ def infer(
             tokens = generation.decode(
                 opened, params, tasks, data.batch_size, setup.lengths["targets"], setup.mesh
             )
-        # Otherwise both models would be in memory while the next one is loaded.
+        # Otherwise two models would be in memory while the next one is loaded.
         del params
         task_results = {}
         for task in tasks:
-            # `tokens` has the examples of all tasks in order.
+            # `tokens` is a queue with the examples of all tasks, in the order of the tasks.
             rows = [tokens.popleft() for _ in task.inputs]
             task_results[task.name] = generation.compute_metrics(
                 task, rows, opened.step, few_shot.shots
@@ -116,13 +125,16 @@ def infer(
             }
         )
         labels = result_tables.run_labels(results["runs"])
-        means = benchmark_table.benchmark_tables(results["runs"], labels, scale=1)
+        # A scale of 1, because these metrics are in percent already.
+        by_benchmark = benchmark_table.benchmark_tables(results["runs"], labels, scale=1)
         by_dataset = [generation.dataset_table(run) for run in results["runs"]]
         by_prompt = [generation.prompt_table(run) for run in results["runs"]]
         checkpoints = result_tables.checkpoint_table(results["runs"])
         # Written after each run, so that a later run that fails leaves the results so far.
-        setup.write(results, tables.to_markdown([*means, *by_dataset, *by_prompt, checkpoints]))
-    tables.print_tables([*means, *by_dataset])
+        setup.write(
+            results, tables.to_markdown([*by_benchmark, *by_dataset, *by_prompt, checkpoints])
+        )
+    tables.print_tables([*by_benchmark, *by_dataset])
     print(f"results in {setup.folder}/results.md, predictions in {setup.folder}/predictions")
     return results
 
@@ -183,18 +195,19 @@ def decode_texts(
 
 
 def _read_texts(values: Sequence[str]) -> list[str]:
-    """Returns the texts of `--text`, those of '-' from standard input."""
+    """Returns the texts of `--text`; '-' stands for the lines of standard input."""
     texts: list[str] = []
     try:
         for value in values:
             if value == "-":
                 content = "" if sys.stdin is None else sys.stdin.read()
-                # Each line gets one answer. Not `splitlines`, which also splits at characters such
-                # as a form feed. Files of Windows have CRLF, and may have a byte order mark.
+                # Each line gets one answer. `splitlines` would also split at characters such as a
+                # form feed. Files of Windows have CRLF, and may have a byte order mark.
                 lines = content.removeprefix("\ufeff").replace("\r\n", "\n").split("\n")
                 texts += lines[:-1] if not lines[-1] else lines
             else:
                 texts.append(value)
+        # Python decodes arguments that are not UTF-8 to surrogates, which `encode` refuses.
         for text in texts:
             text.encode()
     except UnicodeError:

@@ -65,7 +65,7 @@ def train(
     allow_changes: bool = False,
     debug_nans: bool = False,
 ) -> None:
-    """Trains from the newest checkpoint in MODEL_DIR, or else from the base model.
+    """Trains from the newest checkpoint in MODEL_DIR; without one, from INITIAL_CHECKPOINT_PATH.
 
     Args:
       model: the network with its adapters, from a model file and a method file.
@@ -84,8 +84,8 @@ def train(
       debug_nans: whether to find where the first infinity or NaN comes from.
 
     Raises:
-      InputError: a setting or a file is wrong, in which case no file is written; or a step is not
-        finite, or the data end before `total_steps`.
+      InputError: a setting or a file is wrong, in which case no file is written; or, while the run
+        trains, a step is not finite, a save fails, or the data end before `total_steps`.
     """
     if model is None:
         raise InputError(
@@ -120,6 +120,7 @@ def train(
     base_path = checkpointing.initial_checkpoint_path
     _check_references(model, optimizer, schedule)
     initial = initial_run.open_initial_run(base_path)
+    # Without `opened`, the initial run trained a whole model, which serves as a base.
     if initial is None or initial.opened is None:
         model = new_run.take_base_dimensions(model, base_path, checkpointing.upcycle_noise)
     else:
@@ -132,11 +133,11 @@ def train(
     checkpointing.check_keep_best(logging.eval_period)
     _check_before_tasks(model, method, data, record.adapters)
     folder = distributed.output_folder(model_dir)
-    # Locked before its checkpoints are read. A new folder is created, and locked, only when all
-    # settings have been checked.
+    # The folder is locked before its checkpoints are read. A new folder is created, and locked,
+    # only when all settings have been checked.
     if folder.is_dir():
         folder_lock.hold(folder, "MODEL_DIR")
-    first_step, _ = _resume_step(model_dir, record, allow_changes)
+    first_step, _ = _check_resume(model_dir, record, allow_changes)
 
     task_roles = run_register(data.register)
     mixture = data.name
@@ -182,8 +183,8 @@ def train(
             flush=True,
         )
 
-    # Compared again, because the record has the tasks and the base only now.
-    _, allowed = _resume_step(model_dir, record, allow_changes)
+    # The run is compared again, because its record has the tasks and the base only now.
+    _, allowed = _check_resume(model_dir, record, allow_changes)
 
     def find_best(steps: Collection[int]) -> tuple[int, float] | None:
         if (metric := checkpointing.keep_best) is None:
@@ -211,14 +212,14 @@ def train(
         return
     config = gin.config_str()
     if first_step:
-        # `_resume_step` has compared the settings that a run must keep. Changes of all others, such
-        # as TRAIN_STEPS, are allowed, and printed here.
+        # `_check_resume` has compared the settings that a run must keep. All others, such as
+        # TRAIN_STEPS, may change; the changes are printed here.
         previous = run_settings.read_settings(str(model_dir))
         current = run_settings.parse_settings(config)
         if previous and (changes := run_settings.describe_changes(previous, current)):
-            print(f"settings that changed since: {changes}", flush=True)
+            print(f"settings that changed since the last start: {changes}", flush=True)
         if allowed:
-            print(f"WARNING: another run than before: {'; '.join(allowed)}", flush=True)
+            print(f"WARNING: this run resumes with changes: {'; '.join(allowed)}", flush=True)
         state, first_step = checkpoints.restore_newest(state)
     shard = partitioning.data_shard(device_mesh)
     _, num_shards = shard
@@ -238,8 +239,8 @@ def train(
         if positions is None:
             print(f"the checkpoint has no position in the data: skipping {first_step} batches")
             collections.deque(itertools.islice(batches, first_step), maxlen=0)
-    # Only now, because the parameters have been read, counted and compared layer by layer. The
-    # trainable ones stay unstacked, as checkpoints have them; each step stacks them.
+    # The frozen parameters are stacked only now, because they were read, counted and compared layer
+    # by layer. The trainable ones stay unstacked, as checkpoints have them; each step stacks them.
     if model.config.scan_layers:
         frozen = network.stack_layers(model, frozen, stacks.stack_and_delete)
     atomic_write.write_text(folder / "config.gin", config)
@@ -362,7 +363,7 @@ def _check_before_tasks(
 
     Args:
       model, method, data: see `train`.
-      descriptions: the model's adapters, by `core.adapters.describe`.
+      descriptions: the result of `core.adapters.describe` for the model's adapters.
 
     Raises:
       InputError: the lengths, the sentence embeddings or TRAINABLE are wrong.
@@ -482,17 +483,18 @@ def _open_feeds(
     positions: list[int] | None,
     sentence_source: "sentences.SentenceSource | None",
 ) -> "tuple[BatchIterator, list[Batch]]":
-    """Opens the training batches of this process, and reads the batches of the evaluation.
+    """Opens the training batches, and reads the batches for the evaluation of the loss.
 
     Args:
       data, logging, seed: see `train`.
       shard: (index, number of shards): the part of each batch that this process reads.
-      positions: number of examples that each shard has read before; None: unknown, the batches
+      positions: number of examples that each shard has read before; None: unknown, so the batches
         start from the beginning.
       sentence_source: source of sentence embeddings, if routers read them.
 
     Returns:
-      (training batches, evaluation batches): the latter whole, and empty if EVAL_PERIOD is 0.
+      (training batches of this process, whole evaluation batches of all processes). There are no
+      evaluation batches if EVAL_PERIOD is 0.
     """
     from pemoe_jax.data import feed
 
@@ -524,7 +526,12 @@ def _open_feeds(
 def _gather_positions(
     position: Mapping[str, int], mesh: "jax.sharding.Mesh"
 ) -> dict[str, list[int]]:
-    """Returns the positions of all shards of the feed, in the order of the shards."""
+    """Returns {'examples': [number of examples that each shard has read]} of the training data.
+
+    Args:
+      position: this process's position, {'examples': number}.
+      mesh: the device mesh.
+    """
     import jax
 
     if jax.process_count() == 1:
@@ -544,19 +551,19 @@ def _gather_positions(
 # --- resuming ---
 
 
-def _resume_step(
+def _check_resume(
     model_dir: "AnyPath", record: "Record", allow_changes: bool
 ) -> tuple[int, Sequence[str]]:
-    """Compares a run with the newest checkpoint in its folder.
+    """Checks that a run can resume from the newest checkpoint in its folder, if there is one.
 
     Args:
       model_dir: folder of the run.
-      record: the run's record; its `base` is empty before the base is read, and then the base and
-        the sentence encoder are not compared.
+      record: the run's record. As long as its `base` is empty, because the base has not been read,
+        the base and the sentence encoder are not compared.
       allow_changes: see `train`.
 
     Returns:
-      (step of the checkpoint, or 0 without one; the changes that `allow_changes` has accepted).
+      (step of the checkpoint, 0 without one; the changes that `allow_changes` permits)
 
     Raises:
       InputError: the run cannot resume from the checkpoint.

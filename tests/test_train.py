@@ -158,7 +158,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder, trained, stopped, tmp
     assert train.main(train_flags(folder, "mov", tmp_path)) == 0
     out = capsys.readouterr().out
     assert "resuming from" in out
-    assert "\nsettings that changed since: TRAIN_STEPS 5 -> 12\n" in out
+    assert "\nsettings that changed since the last start: TRAIN_STEPS 5 -> 12\n" in out
     whole, _, _ = runs.open_trained(str(trained["mov"]))
     resumed, _, step = runs.open_trained(str(tmp_path))
     assert step == 12 and whole.keys() == resumed.keys()
@@ -489,7 +489,7 @@ def test_resuming_with_other_batches_is_refused_unless_allowed(folder, trained, 
     assert error.count("\n") == 1
     assert train.main([*flags, "--allow_changes"]) == 0
     out = capsys.readouterr().out
-    assert "WARNING: another run than before: BATCH_SIZE 8 -> 4; PACK True -> False\n" in out
+    assert "WARNING: this run resumes with changes: BATCH_SIZE 8 -> 4; PACK True -> False\n" in out
     assert runs.saved_steps(tmp_path / "run") == [13]
 
 

@@ -1,4 +1,6 @@
-"""Starts a run from an earlier run, the initial run, whose path is INITIAL_CHECKPOINT_PATH.
+"""Opens, checks and loads an initial run: an earlier run that a new run starts from.
+
+Its path is INITIAL_CHECKPOINT_PATH. `new_run` sets up the new run.
 
 An initial run that trained a whole model without adapters is opened as a base, see `base_model`.
 From any other initial run, the new run takes the trained parameters and their base. It trains at

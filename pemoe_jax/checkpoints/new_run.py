@@ -1,4 +1,7 @@
-"""Starts a new run: its dimensions, parameters and record, from a base or an initial run."""
+"""Sets up a new run: its dimensions, first train state and record.
+
+The run starts from a base, random weights, or an earlier run, which `initial_run` reads.
+"""
 
 import dataclasses
 from collections.abc import Mapping

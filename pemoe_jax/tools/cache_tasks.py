@@ -83,10 +83,11 @@ class _Settings(NamedTuple):
 
 
 def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """Runs the command with parsed flags; gin bindings are an error.
+    """Runs the command with parsed flags.
 
     Raises:
-      InputError: a flag or the data is wrong. Splits that have been written are kept.
+      InputError: a flag or the data is wrong, or there are gin bindings. Splits that have been
+        written are kept.
     """
     from pemoe_jax.runtime import progress
     from pemoe_jax.tasks import check_p3_paths
@@ -109,9 +110,9 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     if settings.output.resolve() == Path(settings.p3_dir).resolve():
         raise InputError(f"--output must differ from --p3_dir, got {settings.output} for both")
     _reader_factory.cache_clear()  # the folder may have changed since an earlier call
-    folder, splits = _splits_to_write(settings, args.tasks.split(","))
-    # After a stop, a task may have all of its splits, but no COMPLETED. It is not finished: its
-    # jobs find the splits and write nothing, and then it gets the file.
+    folder, splits = _find_splits(settings, args.tasks.split(","))
+    # After a stop, a task may have all of its splits, but no file COMPLETED. It is not finished
+    # yet: its jobs find the splits and write nothing, and then the file is written.
     finished = [task for task in splits if (settings.output / task / "COMPLETED").exists()]
     jobs = [
         _Job(task, split)
@@ -126,7 +127,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     num_rows = 0
     left_out: list[str] = []
     try:
-        for number, (job, result) in enumerate(_run(settings, jobs, args.workers), 1):
+        for number, (job, result) in enumerate(_run_jobs(settings, jobs, args.workers), 1):
             unfinished[job.task].remove(job.split)
             if isinstance(result, str):
                 left_out.append(result)
@@ -148,9 +149,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     print(f"{plural(num_tasks, 'task')} in {settings.output}", flush=True)
 
 
-def _splits_to_write(
-    settings: _Settings, patterns: Sequence[str]
-) -> tuple[str, dict[str, list[str]]]:
+def _find_splits(settings: _Settings, patterns: Sequence[str]) -> tuple[str, dict[str, list[str]]]:
     """Returns P3_DIR's path, and {task: splits} of the matching tasks that are not caches yet.
 
     Raises:
@@ -190,10 +189,10 @@ def _splits_to_write(
     return str(folder.path), splits
 
 
-def _run(
+def _run_jobs(
     settings: _Settings, jobs: Sequence[_Job], workers: int
 ) -> Iterator[tuple[_Job, int | str]]:
-    """Runs the jobs, and yields each with the result of `write_split` when it ends."""
+    """Runs the jobs; yields each, when it ends, with the result of `write_split`."""
     if workers == 1 or len(jobs) < 2:
         for job in jobs:
             yield job, write_split(settings, job)
@@ -255,7 +254,7 @@ def write_split(settings: _Settings, job: _Job) -> int | str:
 @functools.cache
 def _reader_factory(settings: _Settings) -> Callable[[str, str], "RowReader"]:
     """Returns a function (task, split) -> reader; cached, so that a process registers P3 once."""
-    # A spawned worker starts anew, with the libraries' usual log messages.
+    # A spawned worker is a new process, in which the libraries are not silenced yet.
     gin_flags.silence_libraries()
     from pemoe_jax.tasks import p3
 
@@ -306,7 +305,7 @@ def _write_shards(
 
 
 def _report_odd_rows(blocks: "Iterator[list[Row]]", location: str) -> "Iterator[list[Row]]":
-    """Yields blocks of rows; after the last, prints how many rows are odd, by kind.
+    """Yields blocks of rows; then prints how many rows are odd (`row_checks.ODD_ROWS`), by kind.
 
     Args:
       blocks: the blocks.
@@ -324,7 +323,8 @@ def _report_odd_rows(blocks: "Iterator[list[Row]]", location: str) -> "Iterator[
             choices = [text.decode() for text in row.get("answer_choices", [])]
             has_choices = has_choices or bool(choices)
             texts = [row.get(f"{key}_pretokenized") for key in row_checks.TEXT_FEATURES]
-            # Not rows of a _score_eval task, which repeat those of its task, nor rows without text.
+            # Rows without texts are left out, and so are those of a _score_eval task (which have an
+            # `idx`): they repeat the rows of the task itself.
             if "idx" not in row and None not in texts:
                 inputs, targets = (text.decode() for text in texts if text is not None)
                 kinds = row_checks.find_odd_kinds(inputs, targets, choices)
@@ -338,7 +338,7 @@ def _report_odd_rows(blocks: "Iterator[list[Row]]", location: str) -> "Iterator[
         print(f"{location}: {line}", flush=True)
 
 
-# In the form of the published caches.
+# As in info.<split>.json of the published caches.
 _FEATURES: dict[str, _FeatureInfo] = {
     "inputs": {"shape": [None], "dtype": "int32"},
     "targets": {"shape": [None], "dtype": "int32"},

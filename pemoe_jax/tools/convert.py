@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Writes a checkpoint in another format. SOURCE is one of these; its format is detected:
-  a base     a T5X checkpoint_<step> (legacy or Orbax), a Hugging Face folder of T5 or Switch
-             Transformers, a .safetensors file that `convert base` wrote, a run that trained the
-             whole model
-  a run      MODEL_DIR of pemoe train (its newest checkpoint), or one checkpoint_<step> in it
-  an adapter a folder that `convert adapter` wrote, or one of Hugging Face PEFT ((IA)3, LoRA)
+  a base      a T5X checkpoint_<step> (legacy or Orbax), a Hugging Face folder of T5 or Switch
+              Transformers, a .safetensors file that `convert base` wrote, or a run that trained
+              the whole model
+  a run       MODEL_DIR of pemoe train (its newest checkpoint), or one checkpoint_<step> in it
+  an adapter  a folder that `convert adapter` wrote, or one of Hugging Face PEFT ((IA)3, LoRA)
 Sources may be gs:// paths, and so may OUTPUT, which must not exist yet.
 """
 
@@ -50,10 +50,10 @@ _DIRECTIONS = {
         "a base, or (IA)3 or LoRA merged into its base -> a Hugging Face folder",
         "SOURCE is a base, a run or an adapter. Writes config.json and model.safetensors (in shards"
         " of at most 5 GB) for `transformers.T5ForConditionalGeneration.from_pretrained`, or, if"
-        " layers have experts, for SwitchTransformersForConditionalGeneration: with top-1 routing"
-        " and COMBINE='probability', without gated experts or EXTRA_MLP. If the base's folder has a"
-        " spiece.model, it is copied; otherwise copy the base's SentencePiece file into OUTPUT as"
-        " spiece.model.",
+        " layers have experts, for SwitchTransformersForConditionalGeneration (which needs top-1"
+        " routing, COMBINE='probability', experts with ungated MLPs and no EXTRA_MLP). If the"
+        " base's folder has a spiece.model, it is copied; otherwise copy the base's SentencePiece"
+        " file into OUTPUT as spiece.model.",
     ),
     "base": (
         "a base, or (IA)3 or LoRA merged into its base -> one .safetensors file",
@@ -142,7 +142,7 @@ def convert(args: argparse.Namespace) -> None:
 
 
 def _begin_run_file(folder: "AnyPath", source: "OpenedModel", start: str) -> None:
-    """Writes run.json into the finished output, which was moved to its place as a whole."""
+    """Writes run.json into the output, after it was moved to its place as a whole."""
     import jax
 
     from pemoe_jax.checkpoints import records
@@ -159,7 +159,7 @@ def _begin_run_file(folder: "AnyPath", source: "OpenedModel", start: str) -> Non
 
 
 def _describe_size(path: "AnyPath") -> str:
-    """Returns the names of the files in an output, with their total size."""
+    """Returns the size of an output; for a folder, after the names of its files."""
     files = [path] if path.is_file() else sorted(path.iterdir())
     # The size is `st_size` of a local file, and `length` in epath's `stat` of a gs:// path.
     stats = [file.stat() for file in files]

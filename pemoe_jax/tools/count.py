@@ -28,14 +28,14 @@ FLAGS = gin_flags.make_parser(
 FLAGS.add_argument("--markdown", action="store_true", help="print Markdown")
 
 SIZES = ("small", "base", "large", "xl", "xxl")
-# Method file and bindings of each row of the table without gin files: those of arXiv 2309.05444,
-# then whole MLPs as experts, arXiv 2305.14705.
+# Method file and bindings of each row of the table that is printed without gin files: the methods
+# of arXiv 2309.05444, then those of arXiv 2305.14705, whose experts are whole MLPs.
 METHODS: list[tuple[str, list[str]]] = [("full", []), ("ia3", []), ("lora", [])]
 METHODS += [("mov", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 30, 60)]
 METHODS += [("molora", [f"NUM_EXPERTS = {experts}"]) for experts in (10, 15)]
 METHODS += [(f"flan_{routing}", []) for routing in ("switch", "gshard", "st", "ec")]
 
-# What a run file would bind: this command has none.
+# This command has no run file, so these are the bindings that a run file would have.
 _BINDINGS = f"""\
 {gin_flags.FREEZE_BINDINGS}\
 from pemoe_jax.tools import count
@@ -52,8 +52,11 @@ def configured_count(
 
     Args:
       model: network with its adapters.
-      method: name of the method.
+      method: name of the method; None: 'custom'.
       trainable: patterns of the parameters that train; each must match a parameter.
+
+    Raises:
+      InputError: `model` or `trainable` is not set, or a pattern matches no parameter.
     """
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
@@ -72,7 +75,7 @@ def configured_count(
 
 
 def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
-    """Prints the tables of the configured model, or without gin files those of all models.
+    """Prints the table of the configured model; without gin files, those of all sizes and methods.
 
     Raises:
       InputError: see `gin_flags.load_config` and `configured_count`.
@@ -82,22 +85,22 @@ def count(args: argparse.Namespace, bindings: Sequence[str]) -> None:
 
     if args.gin_file or args.gin_bindings or bindings:
         name = " ".join(Path(file).stem for file in args.gin_file)
-        results = counts.site_tables(name, _load(args, args.gin_file, bindings))
+        results = counts.site_tables(name, _count_files(args, args.gin_file, bindings))
     else:
         results = []
         for name in (f"t5_1_1_{size}" for size in SIZES):
             by_method = [
-                _load(args, [f"models/{name}.gin", f"methods/{method}.gin"], method_bindings)
+                _count_files(args, [f"models/{name}.gin", f"methods/{method}.gin"], method_bindings)
                 for method, method_bindings in METHODS
             ]
             results += counts.method_tables(name, by_method)
     tables.print_tables(results, args.markdown)
 
 
-def _load(
+def _count_files(
     args: argparse.Namespace, files: Sequence[str], bindings: Sequence[str]
 ) -> "counts.ParameterCount":
-    """Counts the parameters of the model of these files, whatever files the flags name."""
+    """Counts the parameters of the model that `files` and the flags other than --gin_file set."""
     overrides = {"gin_file": files, "gin_bindings": [_BINDINGS, *args.gin_bindings]}
     gin_flags.load_config(argparse.Namespace(**{**vars(args), **overrides}), bindings)
     return gin_flags.call_configured(configured_count)

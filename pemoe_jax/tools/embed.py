@@ -8,7 +8,7 @@ from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.runtime import gin_flags, options, run_file
 from pemoe_jax.tools.encoders import EncoderInput, resolve_encoder
 
-# A part of this module's interface: gin files refer to it as `@embed.mean_pooled()`.
+# Imported under its own name to be public here: gin files refer to it as `@embed.mean_pooled()`.
 from pemoe_jax.tools.encoders import mean_pooled as mean_pooled
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def embed(
       data: the tasks and mixtures whose inputs are embedded. A run looks up its inputs after
         truncation, so TASK_FEATURE_LENGTHS must be those of the run.
       encoder: @embed.mean_pooled(), the mean over tokens of the base model's own encoder, or the
-        dotted name of a function from a list of texts to an array [N, S].
+        dotted name of a function from a list of texts to an array with a vector for each text.
       splits: 'train', 'evaluation' or both.
       dtype: dtype of the vectors on disk, 'float16' or 'float32'.
 
@@ -77,7 +77,7 @@ def embed(
     lengths = seqio_tasks.validate_lengths(data.task_feature_lengths)
     resolved = resolve_encoder(encoder)
     run_register(data.register).print_summary()
-    split_list = _find_splits(names, splits, use_cached)
+    splits_to_read = _find_splits(names, splits, use_cached)
     vocabularies = {sentences.vocabulary_fingerprint(name) for name in names}
     if len(vocabularies) > 1:
         raise InputError(
@@ -89,12 +89,12 @@ def embed(
     num_before = len(writer.known_keys)
     if num_before:
         print(f"{writer.path} has {num_before:,} inputs already", flush=True)
-    bar = progress.Progress("reading", sum(s.num_examples for s in split_list), note="examples")
+    bar = progress.Progress("reading", sum(s.num_examples for s in splits_to_read), note="examples")
     read = functools.partial(
         _read_inputs, lengths=lengths, use_cached=use_cached, with_text=resolved.reads_text
     )
     try:
-        for inputs in _new_inputs(split_list, read, writer.known_keys, bar):
+        for inputs in _new_inputs(splits_to_read, read, writer.known_keys, bar):
             writer.add(list(inputs), resolved.encode(list(inputs.values()), data.batch_size))
         total = writer.finish()
     finally:
@@ -111,7 +111,8 @@ def _begin_run_file(
     from pemoe_jax.checkpoints import records
 
     devices = None
-    # A function of texts may use a GPU by another library. JAX would take most of its memory.
+    # A function of texts may use a GPU through another library. `jax.devices()` would start JAX,
+    # which takes most of the GPU's memory.
     if not encoder.reads_text:
         import jax
 
@@ -136,11 +137,11 @@ def _new_inputs(
     known_keys: Set[bytes],
     bar: "progress.Progress",
 ) -> Iterator[dict[bytes, EncoderInput]]:
-    """Yields {key: input} of the inputs whose keys are not known yet, `_CHUNK` at a time.
+    """Yields the inputs whose keys are not known yet as {key: input}, `_CHUNK` at a time.
 
     Args:
       splits: the splits to read, in order.
-      read: function that reads the inputs of a split.
+      read: reads the inputs of a split.
       known_keys: keys of the inputs in the table. The caller adds the keys of each yielded dict
         before it asks for the next one.
       bar: the progress bar, over examples.
@@ -175,7 +176,7 @@ def _new_inputs(
 def _find_splits(
     names: Sequence[str], splits: Sequence[str], use_cached: bool
 ) -> list[_SplitToRead]:
-    """Returns the splits to read; reports tasks without data."""
+    """Returns the splits to read; prints which tasks have no data."""
     from pemoe_jax.data import seqio_tasks
 
     subtasks = (task for name in names for task in seqio_tasks.subtask_names(name, use_cached))
@@ -228,8 +229,8 @@ def _read_inputs(
     vocabulary, length = features["inputs"].vocabulary, lengths["inputs"]
     # A long input may be truncated to two different sequences of ids, which need a vector each.
     # Training and its evaluation loss read `length` tokens. Scoring and decoding read one more, and
-    # then truncate, but keep an EOS at the end. A `SeekableProvider` truncates in this way as well,
-    # so that one pass covers both. Of other tasks, evaluation splits are read in both ways.
+    # then truncate, but keep an EOS at the end. A `SeekableProvider` truncates in this way for
+    # training too, so one pass is enough. Evaluation splits of other tasks are read in both ways.
     extra_tokens = [0]
     if split.is_evaluation:
         extra_tokens = [1] if isinstance(task, seekable_tasks.SeekableProvider) else [0, 1]

@@ -31,7 +31,7 @@ class EncoderInput:
     """An input to embed.
 
     Attributes:
-      ids: token ids as the model reads them, truncated and with EOS: int32 [Li].
+      ids: token ids as the model reads them, truncated and with EOS: int32 [L].
       text: the text before tokenization; None if the encoder does not read it.
     """
 
@@ -54,7 +54,7 @@ class Encoder(Protocol):
 
 @dataclasses.dataclass
 class MeanPooledEncoder:
-    """The encoder of a base model, averaged over an input's tokens: float32 [N, D].
+    """Averages the outputs of a base model's encoder over an input's tokens: float32 [N, D].
 
     Attributes:
       model: dimensions and activation dtype; its adapters are not used.
@@ -128,7 +128,7 @@ class MeanPooledEncoder:
 def mean_pooled(
     model: "network.Transformer | None" = None, initial_checkpoint_path: str | None = None
 ) -> MeanPooledEncoder:
-    """Returns the built-in encoder, which loads the base model when it is first used.
+    """Returns T5's encoder with mean pooling, which loads the base model at its first use.
 
     Args:
       model: MODEL of a model file.
@@ -151,8 +151,8 @@ def mean_pooled(
 class TextEncoder:
     """A user's function from a list of texts to an array [N, S], as an encoder.
 
-    The function's attributes `name` and `fingerprint`, if they are strings, identify it. Otherwise
-    its dotted name and its vector for a fixed sentence stand in for them.
+    The function's attributes `name` and `fingerprint` identify it. If one of them is not a string,
+    the function's dotted name, or its vector for a fixed sentence, stands in for it.
     """
 
     function: Callable[[list[str]], ArrayLike]
@@ -214,8 +214,8 @@ def resolve_encoder(encoder: object) -> Encoder:
         from pemoe_jax.checkpoints import base_model
         from pemoe_jax.core import sparse
 
-        # Only opened here, so that a wrong path fails before the tasks are registered. A model file
-        # does not state the experts of a base: those of a sparse one come from its files.
+        # The base is opened here, and loaded later, so that a wrong path fails before the tasks are
+        # registered. Model files do not state a sparse base's experts: they come from the base.
         base = base_model.open_base(encoder.base_path)
         if encoder.model.sparse is None and base.sparse is not None:
             model = encoder.model.clone(sparse=sparse.from_description(base.sparse))

@@ -27,11 +27,11 @@ TAG = "pemoe"  # `--tasks pemoe` selects all exported tasks
 
 
 def export_tasks(output_dir: str, data: options.Data) -> list[str]:
-    """Writes each task with answer choices, with the texts that `pemoe evaluate` tokenizes.
+    """Writes the tasks that have answer choices, as the texts that `pemoe evaluate` tokenizes.
 
     Args:
       output_dir: output folder, a new or an empty one.
-      data: `_score_eval` tasks, or a mixture of them.
+      data: `_score_eval` tasks, which have a row for each answer choice, or a mixture of them.
 
     Returns:
       The names of the tasks in lm-evaluation-harness.
@@ -69,13 +69,13 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for task, members in by_task.items():
-        # The name is that of a file, and is passed to lm_eval's --tasks.
+        # The name becomes that of a file, and users pass it to lm_eval's --tasks.
         name = re.sub(r"[^\w.-]", "_", score_eval.plain_name(task))
-        rows = folder / f"{name}.jsonl"
+        rows_file = folder / f"{name}.jsonl"
         lines = [json.dumps(_row(group), ensure_ascii=False) + "\n" for group in members]
-        atomic_write.write_text(rows, "".join(lines))
-        config = _task_config(name, os.path.abspath(rows), roles.datasets.get(task, task))
-        # YAML contains JSON, so that no YAML writer is needed.
+        atomic_write.write_text(rows_file, "".join(lines))
+        config = _task_config(name, os.path.abspath(rows_file), roles.datasets.get(task, task))
+        # JSON is valid YAML, so no YAML writer is needed.
         atomic_write.write_text(folder / f"{name}.yaml", json.dumps(config, indent=2) + "\n")
         names.append(name)
     print(
@@ -88,20 +88,20 @@ def export_tasks(output_dir: str, data: options.Data) -> list[str]:
 def _row(group: "ChoiceGroup") -> dict[str, Any]:
     """Returns an example as an object of the file of JSON lines."""
     gold = [index for index, is_correct in enumerate(group.is_correct) if is_correct]
-    # If no choice is correct, the index -100, at which lm-evaluation-harness counts every answer as
-    # wrong.
+    # If no choice is correct, the index is -100, for which lm-evaluation-harness counts every
+    # answer as wrong.
     return {"inputs": group.input_text, "choices": [*group.choice_texts], "gold": gold or [-100]}
 
 
-def _task_config(name: str, rows: str, dataset: str) -> dict[str, Any]:
+def _task_config(name: str, rows_file: str, dataset: str) -> dict[str, Any]:
     """Returns the content of a task's YAML file.
 
-    Its `doc_to_…` entries are names of fields of `_row`. Templates would be in their place if a
-    prompt had to be composed.
+    Its `doc_to_…` entries are names of fields of `_row`. They could also be templates, but the
+    inputs are whole prompts already.
 
     Args:
       name: name of the task.
-      rows: absolute path of the file of rows, since lm-evaluation-harness may run in any folder.
+      rows_file: absolute path of the rows, since lm-evaluation-harness may run in any folder.
       dataset: name of the dataset, for the second tag.
     """
     metrics = ("acc", "acc_norm", "acc_bytes")
@@ -109,7 +109,7 @@ def _task_config(name: str, rows: str, dataset: str) -> dict[str, Any]:
         "task": name,
         "tag": [TAG, f"{TAG}_{dataset}"],
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": rows}},
+        "dataset_kwargs": {"data_files": {"test": rows_file}},
         "test_split": "test",
         "output_type": "multiple_choice",
         "doc_to_text": "inputs",

@@ -32,14 +32,15 @@ _GREEDY: Mapping[str, Sequence[object]] = {
 
 @register_model("pemoe")
 class PemoeLM(LM):
-    """A base model with an adapter, as lm-evaluation-harness calls it.
+    """A base model, usually with an adapter, behind lm-evaluation-harness's interface.
 
-    A context is encoded once for all of its continuations. As in training, both end in EOS, whose
-    log-probability counts; lm_eval's own models leave it out.
+    A context is encoded once for all of its continuations. As in training, contexts and
+    continuations end in EOS. The score of a continuation includes the log-probability of its EOS;
+    lm_eval's own models score continuations without EOS.
 
     Args:
       base, adapter, vocabulary, dtype, frozen_dtype, max_input_tokens, max_target_tokens: see
-        `api.load_model`. Without `base`, it is the one that the adapter's record names.
+        `api.load_model`. Without `base`, the base is the one that the adapter's record names.
       batch_size: number of contexts that are computed together; 'auto' is 32.
       max_gen_toks: number of tokens to generate for tasks that state none.
       device, max_batch_size: ignored; lm_eval's command passes them. JAX chooses the device.
@@ -95,7 +96,7 @@ class PemoeLM(LM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Scores each request's continuation of its context.
+        """Scores the continuation in each request, given its context.
 
         Returns:
           For each request, the log-probability of its continuation, and whether greedy decoding
@@ -122,7 +123,7 @@ class PemoeLM(LM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Refused: an encoder-decoder has no probability of a text without a context.
+        """Always raises: an encoder-decoder has no probability of a text without a context.
 
         Raises:
           InputError: always.
@@ -134,12 +135,12 @@ class PemoeLM(LM):
         )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Returns the greedy answer to each context, up to the first of the task's `until` texts.
+        """Returns the greedy answer to each context, cut before the first of its `until` texts.
 
         Raises:
           InputError: the task asks for sampling or beams.
         """
-        # By the number of tokens to generate, for which `generate` compiles a program each.
+        # Grouped by the number of tokens to generate: `generate` compiles a program for each.
         indices_by_length: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
             settings = request.args[1]
@@ -155,12 +156,12 @@ class PemoeLM(LM):
         for length, indices in indices_by_length.items():
             contexts = [requests[index].args[0] for index in indices]
             for index, text in zip(indices, self.model.generate(contexts, length), strict=True):
-                answers[index] = _stop(text, requests[index].args[1].get("until") or ())
+                answers[index] = _cut_before(text, requests[index].args[1].get("until") or ())
                 self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return answers
 
 
-def _stop(text: str, until: str | Sequence[str]) -> str:
+def _cut_before(text: str, until: str | Sequence[str]) -> str:
     """Returns the part of a text before the first occurrence of any of the texts `until`."""
     for end in [until] if isinstance(until, str) else until:
         if end:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from pemoe_jax.analysis.planning import compiled_step
     from pemoe_jax.core import network, optim
 
-# What a run file would bind: a plan has none. The value of --optimizer completes the last line.
+# This command has no run file, so these are the bindings that a run file would have. The value of
+# --optimizer completes the last line.
 _BINDINGS = f"""\
 {gin_flags.FREEZE_BINDINGS}\
 from pemoe_jax.tools import plan
@@ -106,11 +107,14 @@ def configured_step(
 
     Args:
       model: the network with its adapters, from a model file and a method file.
-      method: name of the method in the tables.
+      method: name of the method in the tables; None: 'custom'.
       trainable: patterns of the parameters that train.
       optimizer: (schedule, param_axes=…) -> optax transformation.
       frozen_dtype: dtype of frozen matrices: 'activations' (the dtype of activations), 'int8' or
         'float8_e4m3fn'.
+
+    Raises:
+      InputError: `model` or `trainable` is not set.
     """
     if model is None:
         raise InputError("MODEL is not set: pass --gin_file=models/…")
@@ -213,7 +217,7 @@ def _parse_lengths(text: str) -> tuple[int, int]:
 
 
 def parse_memory(text: str | None) -> tuple[str, int] | None:
-    """Returns the name and bytes of a device's memory: 'v4', '32GB' or '79.6 GiB'."""
+    """Parses 'v4', '32GB' or '79.6 GiB' -> (text, bytes) of a device's memory; None for None."""
     if text is None:
         return None
     if size := CHIPS.get(text.lower()):

@@ -12,9 +12,9 @@ Prints the zero-shot table of arXiv 2309.05444: a row for each run, a column
 for each dataset (ANLI CB RTE WSC WiC COPA WNG HS, then others by name), and
 in the cells the median and mean accuracy over prompts in %, with 95 %
 intervals. A RUN is a results.json of pemoe evaluate, or a folder with one;
-several are merged. If the tasks of a run (equal name, checkpoint, step and
-shots) were evaluated separately, their results are joined; of several results
-of a task the last one counts. Runs that differ only in the seed share a row:
+several are merged. If the tasks of a run were evaluated separately (with equal
+name, checkpoint, step and shots), their results are joined; if a task has
+several results, the last one counts. Runs that differ only in the seed share a row:
 the mean over seeds ± the standard deviation. Results of a run with another
 number of shots (SHOTS=5) are in the same row, in columns of their own. The
 last table has what a run costs: parameters, those that a token uses, FLOPs of

@@ -33,7 +33,7 @@ FLAGS = gin_flags.make_parser(
     macros=["runs/routes.gin"],
 )
 # Flag -> the macro that it sets, so that gin files, --gin.NAME and flags set the same things.
-_MACRO_OF_FLAG = {
+_FLAG_MACROS = {
     "checkpoints": "CHECKPOINT_PATH",
     "tasks": "ROUTES_TASKS",
     "sites": "ROUTES_SITES",
@@ -47,7 +47,7 @@ for _flag in ("tasks", "sites"):
         nargs="+",
         action="extend",
         metavar=_flag[:-1].upper(),
-        help=f"short for {_MACRO_OF_FLAG[_flag]}",
+        help=f"short for {_FLAG_MACROS[_flag]}",
     )
 FLAGS.add_argument("--examples", type=int, metavar="N", help="short for ROUTES_EXAMPLES")
 FLAGS.add_argument("--output", metavar="DIR", help="short for ROUTES_OUTPUT_DIR")
@@ -72,12 +72,12 @@ def routes(
         whether trained on or held out.
       sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all sites of the last
         decoder block, or in a sparse model the last sparse layers of encoder and decoder.
-      examples: maximum number of examples of each task, the first of its evaluation split, or else
-        of `train`.
-      min_count: minimum number of occurrences of a token in the lists of top tokens.
+      examples: maximum number of examples of each task, from the start of its evaluation split, or
+        else of `train`.
+      min_count: number of times that a token must occur to be among an expert's top tokens.
 
     Raises:
-      InputError: a method has no routers, or a setting or file is invalid.
+      InputError: a model has no routers, or a setting or file is invalid.
     """
     from pemoe_jax.analysis import evaluation
     from pemoe_jax.analysis.routing import page
@@ -92,7 +92,7 @@ def routes(
     partitioning.check_batch_size(data.batch_size, mesh)
     folder = file_io.resolve_output_folder(output_dir, "ROUTES_OUTPUT_DIR")
     opened_models = models_lib.open_selected(models)
-    # Selected first, so that a mistake in ROUTES_SITES shows before the data are read.
+    # The sites are selected first, so that a mistake in ROUTES_SITES shows before data are read.
     sites_by_model = [_select_sites(opened, sites) for opened in opened_models]
     evaluation.warn_of_other_eos([opened.path for opened in opened_models])
     task_roles = run_register(data.register)
@@ -133,14 +133,14 @@ def routes(
 
 
 def _select_sites(opened: "models.OpenedModel", patterns: Sequence[str] | None) -> list[str]:
-    """Returns the sites of a model to show; InputError if it has no routers."""
+    """Returns the sites to show in detail; InputError if the model has no routers."""
     from pemoe_jax.analysis.routing import probe
 
     experts = probe.expert_counts(opened.model)
     if not experts:
         raise InputError(
-            f"{opened.path}: expected a run of mov, molora, flan_switch or another method with"
-            f" routers, got a run of {opened.summary()['method']}"
+            f"{opened.path}: expected mov, molora, flan_switch or another method with routers, got"
+            f" {opened.summary()['method']}"
         )
     return measure.select_sites(patterns, experts)
 
@@ -156,7 +156,7 @@ def _probe_run(
     mesh: "jax.sharding.Mesh",
     min_count: int,
 ) -> "ProbeResult":
-    """Loads a model, runs the examples through it, and returns which experts they used.
+    """Probes a model: loads it, runs the examples through it, and returns which experts they used.
 
     Args:
       opened: the model.
@@ -185,7 +185,8 @@ def _probe_run(
         )
     example_tasks = measure.example_tasks(groups)
     totals = measure.sum_by_task(example_totals, list(groups), example_tasks)
-    # Which tokens are dropped depends on the layout of rows: that of the run's training, if known.
+    # Which tokens are dropped depends on how examples are laid out in rows. The layout is that of
+    # the run's training, if it is known.
     training_rows = dispatch_probe.read_training_rows(
         opened.path, default=dispatch_probe.TrainingRows(lengths)
     )
@@ -219,7 +220,7 @@ def _probe_run(
 
 
 def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
-    """Returns {token id: its text in the vocabulary} for the ids that occur in the examples."""
+    """Returns {token id: its text in the task's vocabulary} for the ids that the examples have."""
     import numpy as np
 
     from pemoe_jax.data import seqio_tasks
@@ -234,7 +235,7 @@ def _token_texts(task: str, totals: "ProbeTotals") -> dict[int, str]:
             texts[token] = tokenizer.id_to_piece(token)
         else:
             texts[token] = vocabulary.decode([token])
-    # Padding, whose id is 0 as well, is not counted: 0 is the first input of the decoder.
+    # The id 0 is that of padding, which is not counted, and of the first input of the decoder.
     return texts | {0: "<start>"}
 
 
@@ -243,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def work(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         args.gin_file = args.gin_file or ["runs/routes.gin"]
-        values = {macro: getattr(args, flag) for flag, macro in _MACRO_OF_FLAG.items()}
+        values = {macro: getattr(args, flag) for flag, macro in _FLAG_MACROS.items()}
         # Without the flags that were not passed, so that they do not override gin files.
         flag_bindings = [
             f"{name} = {value!r}" for name, value in values.items() if value not in (None, [])

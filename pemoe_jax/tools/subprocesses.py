@@ -1,4 +1,4 @@
-"""Commands of the package as child processes that end with their parent."""
+"""Runs commands of the package as child processes, which on Linux end with their parent."""
 
 import contextlib
 import os
@@ -9,19 +9,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # The program of a child. On Linux it asks the kernel to kill it when its parent dies, even by
-# SIGKILL (PR_SET_PDEATHSIG = 1), so that no training continues unseen. Elsewhere a child that
-# continues keeps the inherited lock of the folder, so that the next command in it fails.
+# SIGKILL (PR_SET_PDEATHSIG = 1), so that no training continues unseen. Elsewhere a child may
+# outlive its parent. It then still holds the folder's lock, so the next command there fails.
 # `preexec_fn` of `Popen` could do the same, but runs Python in a fork of a process with JAX's
 # threads, which can deadlock.
 _CHILD = """\
 import ctypes, os, runpy, signal, sys
 parent, cores, module, *flags = sys.argv[1:]
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore it
 if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it died before the call above
+    if os.getppid() != int(parent):  # the parent died before the call above
         sys.exit(1)
-    if cores:  # XLA, TensorFlow and NumPy start as many threads as they may use cores
+    if cores:  # XLA, TensorFlow and NumPy start a thread for each core that they may use
         os.sched_setaffinity(0, map(int, cores.split(",")))
 sys.argv = [module, *flags]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -30,10 +30,10 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 @contextlib.contextmanager
 def end_children() -> Iterator[list[subprocess.Popen]]:
-    """Yields a list for the children of `start_module`, all of which end with the block.
+    """Yields a list to which the caller adds children; at the end of the block, none is left.
 
-    The first interrupt is passed to the children, which save checkpoints and end; a second one
-    kills them.
+    Children that still run at the end are killed. The first interrupt is passed to the children,
+    which save checkpoints and end; a second one kills them.
     """
     children: list[subprocess.Popen] = []
     try:
@@ -55,14 +55,14 @@ def end_children() -> Iterator[list[subprocess.Popen]]:
 def start_module(
     module: str, flags: Sequence[str], log: Path, lock: int, cores: Sequence[int] = ()
 ) -> subprocess.Popen:
-    """Starts `python -m module flags`, whose output is appended to `log`.
+    """Starts `python -m module flags` as a child, and appends its output to `log`.
 
     Args:
       module: e.g. 'pemoe_jax.train'.
       flags: arguments of the module.
       log: output file; its folder is created.
       lock: file descriptor that the child inherits, see `folder_lock.hold`.
-      cores: CPUs that it may use (on Linux); empty: all.
+      cores: CPUs that the child may use (on Linux); empty: all.
     """
     command = [sys.executable, "-c", _CHILD, str(os.getpid()), ",".join(map(str, cores)), module]
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -73,13 +73,14 @@ def start_module(
             stdout=file,
             stderr=subprocess.STDOUT,
             pass_fds=(lock,),
-            # A terminal interrupts its whole process group; the child must get the signal once.
+            # A terminal interrupts its whole process group, and `end_children` passes the signal
+            # on. In a group of its own, the child gets it only once.
             process_group=0,
         )
 
 
 def last_line(log: Path) -> str:
-    """Returns the last line of a log that is not blank; '' if there is none."""
+    """Returns the last non-blank line of a log; '' if there is none."""
     try:
         with log.open("rb") as file:
             # Only the end is read: progress lines make the logs of long runs large.
@@ -101,7 +102,11 @@ def describe_exit(code: int, log: Path) -> str:
 
 
 def split_cores(jobs: int) -> list[list[int]]:
-    """Returns the CPUs of each of `jobs` processes that run at the same time; empty lists: all."""
+    """Divides the CPUs among `jobs` processes that run at the same time.
+
+    Returns:
+      The CPUs of each process; empty if it may use all of them.
+    """
     if jobs == 1 or not hasattr(os, "sched_getaffinity"):  # only on Linux
         return [[] for _ in range(jobs)]
     cores = sorted(os.sched_getaffinity(0))

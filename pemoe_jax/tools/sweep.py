@@ -12,7 +12,7 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
-from pemoe_jax.core.errors import InputError
+from pemoe_jax.core.errors import InputError, plural
 from pemoe_jax.runtime import atomic_write, file_io, folder_lock, gin_flags, progress, run_file
 from pemoe_jax.tools import report, subprocesses, sweep_choices, sweep_plan
 from pemoe_jax.tools.sweep_plan import Command, Run
@@ -33,7 +33,7 @@ others. +NAME=direct names the experiment, +SEEDS=0,1 replaces --seeds for it.
 +FROM=direct starts it from the run of the experiment `direct`, before it in the
 sweep, with the same seed; gains.md has its gain over the same experiment without
 FROM. +SETTING=best(A,B,C) first trains the experiment with each value and the
-first seed, and takes the value with the highest accuracy on --choose_on;
+first of --seeds, and takes the value with the highest accuracy on --choose_on;
 +SETTING=best_of(direct) takes the value of the experiment `direct`. @FILE inserts
 the arguments of a file, in which # starts a comment."""
 
@@ -107,9 +107,10 @@ _TICK = 0.1  # seconds between two checks of the running commands
 
 
 class State(TypedDict):
-    """A run's `sweep.json`: settings of training and of scoring, and the seconds of each command.
+    """The content of a run's `sweep.json`.
 
-    Seconds are None for a command that has not finished.
+    `settings` are those of training, `scoring` those of evaluation. `train` and `evaluate` are the
+    seconds that these commands took, None for one that has not finished.
     """
 
     settings: dict[str, str]
@@ -143,8 +144,8 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     trials = sweep_plan.plan_trials(args, bindings)
     trial_runs = [run for by_value in trials.values() for run in by_value.values()]
     claims = _load_claims(args.claims) if args.claims else []
-    # Before anything runs, to check all configurations: best() has its first value until one is
-    # chosen.
+    # All configurations are checked before anything runs. Until a value is chosen, best() has its
+    # first one.
     runs = sweep_plan.plan_runs(args, bindings)
     if args.dry_run:
         for run in [*trial_runs, *runs]:
@@ -152,7 +153,7 @@ def sweep(args: argparse.Namespace, bindings: Sequence[str]) -> None:
                 print(shlex.join(["pemoe", name, *flags]))
         return
     # Raises if a folder belongs to something else. With trials, the values of best() in `runs` are
-    # not final, so that their states are read after the choice.
+    # not final yet, so the states of these runs are read after the choice.
     for run in [*trial_runs, *([] if trials else runs)]:
         _read_state(run)
     # SIGTERM raises KeyboardInterrupt, as SIGINT does, so that running trainings can save.
@@ -220,7 +221,8 @@ def _read_state(run: Run) -> State:
     as unfinished.
 
     Raises:
-      InputError: the folder holds a run with other settings, or files that no sweep wrote.
+      InputError: the folder holds a run with other settings, a damaged `sweep.json`, or files that
+        no sweep wrote.
     """
     from pemoe_jax.checkpoints import run_settings
 
@@ -235,7 +237,7 @@ def _read_state(run: Run) -> State:
         )
     try:
         state: State = file_io.parse_json(file.read_text(encoding="utf-8"))
-        # Older versions recorded other bindings that only pass macros on.
+        # Older versions also recorded bindings that only pass macros on.
         previous = run_settings.drop_wiring(state["settings"])
         scoring = run_settings.drop_wiring(state["scoring"])
         for seconds in (state["train"], state["evaluate"]):
@@ -269,7 +271,8 @@ def _run_all(runs: Sequence[Run], lock: int, stop_at_failure: bool, jobs: int) -
       jobs: number of runs at the same time.
     """
     # All lines are flushed, because Python buffers output to a file.
-    print(f"{len(runs)} runs, with their logs in {runs[0].folder.parent}/<run>/", flush=True)
+    logs = f"{runs[0].folder.parent}/<run>/"
+    print(f"{plural(len(runs), 'run')}, with logs in {logs}", flush=True)
     width = max(len(run.folder.name) for run in runs)
     prefixes = {
         run.folder: f"[{number:>{len(str(len(runs)))}}/{len(runs)}] {run.folder.name:<{width}}"
@@ -330,7 +333,7 @@ def _describe_end(run: Run, runs: Sequence[Run], unfinished: int, jobs: int) -> 
 
 
 def _show(statuses: Sequence[str]) -> None:
-    """Waits for a tick; on a terminal, shows the running commands meanwhile in one line."""
+    """Waits for a tick if commands run; on a terminal, shows their statuses in a line meanwhile."""
     show = sys.stdout.isatty() and statuses
     if show:
         # At most 100 columns, since a line that wraps could not be erased.
@@ -355,17 +358,18 @@ def _run_commands(
       children: list to which their processes are added.
 
     Yields:
-      The running command, its duration and the last line of its log, until all commands have ended.
+      A text until all commands have ended: the running command, its duration, and the last line of
+      its log.
 
     Returns:
-      The error, '' without one.
+      The error; '' without one.
     """
     atomic_write.write_json(run.folder / "sweep.json", state)
     for name, flags in run.commands():
         if state[name]:
             continue
         if name == "train" and run.initial is not None and not _is_trained(run.initial):
-            return f"in train, as {run.initial.name}, which it starts FROM, is not trained"
+            return f"in train: {run.initial.name}, which it starts FROM, is not trained"
         if name == "evaluate":
             # Results of an earlier evaluation, which a new one may refuse to overwrite.
             shutil.rmtree(run.results, ignore_errors=True)
@@ -389,8 +393,8 @@ def _run_commands(
 
 
 def _is_trained(folder: Path) -> bool:
-    """Returns whether a run's training has finished."""
-    # Not by its checkpoints, which an unfinished training has as well.
+    """Whether a run's training has finished."""
+    # Its checkpoints do not tell: an unfinished training has some as well.
     state = file_io.read_json(folder / "sweep.json")
     return bool(state["train"])
 

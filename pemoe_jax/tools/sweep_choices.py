@@ -12,7 +12,7 @@ from pemoe_jax.analysis.tables import MISSING, Table
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
-# In the form of a flag: --gin.NAME=best(value,…) and --gin.NAME=best_of(experiment).
+# As flags: --gin.SETTING=best(value,…) and --gin.SETTING=best_of(experiment).
 _BEST = re.compile(r"--gin\.([\w./]+)=best\((.*)\)")
 _BEST_OF = re.compile(r"--gin\.([\w./]+)=best_of\((.*)\)")
 _NOTE = (
@@ -50,11 +50,11 @@ class Choice:
 
 
 def split_choice(settings: Sequence[str], experiment: str) -> tuple[list[str], Choice | None]:
-    """Splits settings --gin.NAME=value into those with a fixed value and the one that is chosen.
+    """Splits settings --gin.SETTING=value into those with a fixed value and the one to choose.
 
     Raises:
-      InputError: there are several best() or best_of(), or a best() has fewer than two values,
-        equal ones, or is used with FROM.
+      InputError: there are several best() or best_of(); or a best() has fewer than two values, an
+        empty one or equal ones, or is in an experiment with FROM.
     """
     fixed, choices = [], []
     for setting in settings:
@@ -64,7 +64,9 @@ def split_choice(settings: Sequence[str], experiment: str) -> tuple[list[str], C
             values = tuple(value.strip() for value in match[2].split(","))
             are_different = len(set(values)) == len(values)
             if len(values) < 2 or not are_different or not all(values):
-                raise InputError(f"{experiment}: best() must have different values, got {values}")
+                raise InputError(
+                    f"{experiment}: best() must have two or more different values, got {values}"
+                )
             choices.append(Choice(match[1], values))
         else:
             fixed.append(setting)
@@ -81,12 +83,11 @@ def choose(experiment: str, choice: Choice, folders: Mapping[str, Path]) -> Chos
 
     Args:
       experiment: name of the experiment.
-      choice: its best().
-      folders: value -> folder with the results of its training; without values whose training
-        failed.
+      choice: the setting and the values of its best().
+      folders: value -> folder with the results of its trial, for the trials that succeeded.
 
     Raises:
-      InputError: all trainings failed.
+      InputError: all trials failed.
     """
     scores: dict[str, float | None] = dict.fromkeys(choice.values)
     for value, folder in folders.items():

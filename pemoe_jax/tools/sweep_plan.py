@@ -1,7 +1,8 @@
 """Plans a sweep: a run for each experiment and seed, and the trials that choose values.
 
-Settings of experiments are flags `--gin.NAME=value` here. FROM, SEEDS and NAME are not macros of
-gin: the functions `_split_…` take them out.
+Settings of experiments are flags `--gin.SETTING=value` here. FROM, SEEDS and NAME are settings of
+the sweep, not macros of gin: the functions `_split_…` take them out. Trials are the runs whose
+scores choose the value of a `best()`, see `sweep_choices`.
 """
 
 import argparse
@@ -41,8 +42,9 @@ class Run:
       evaluate_flags: flags of `pemoe_jax.evaluate`.
       train_settings: gin settings that the trained parameters depend on.
       evaluate_settings: gin settings that the scores depend on.
-      initial: folder of the run that FROM names, which this run starts from; None: a base model.
-      direct: folder of the run of the same experiment without FROM; None: the sweep has none.
+      initial: folder of the run that FROM names, which this run starts from; None without FROM.
+      direct: folder of the run of the same experiment without FROM and with the same seed; None if
+        the sweep has none before this run.
     """
 
     folder: Path
@@ -64,7 +66,7 @@ class Run:
 
 
 def resolve_base(path: str | None) -> str | None:
-    """Returns its argument; gin binds it to INITIAL_CHECKPOINT_PATH, and resolves references."""
+    """Returns INITIAL_CHECKPOINT_PATH: gin binds `path` to it, and resolves references."""
     return path
 
 
@@ -73,8 +75,8 @@ def plan_trials(
 ) -> dict[tuple[str, sweep_choices.Choice], dict[str, Run]]:
     """Returns the trials of each best(), as {(name of its experiment, its choice): {value: run}}.
 
-    Trials are the runs of a sweep in the folder `CHOICES`, with the first seed alone. They are
-    scored on the mixture of --choose_on.
+    Trials are the runs of a sweep in the folder `CHOICES`, with the first of --seeds alone. They
+    are scored on the mixture of --choose_on.
 
     Raises:
       InputError: a flag or an experiment is wrong.
@@ -119,7 +121,7 @@ def plan_runs(
 
     file_io.resolve_output_folder(file_io.resolve_local(args.output, "--output"), "--output")
     file_io.check_no_pattern(Path(args.output).absolute(), "--output")
-    _parse_seeds(args.seeds)
+    _parse_seeds(args.seeds, "--seeds")  # raises for a wrong text
     if args.jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {args.jobs}")
     _check_not_reserved([f"--gin.{binding}" for binding in [*bindings, *args.gin_bindings]])
@@ -158,7 +160,7 @@ def plan_runs(
                 values[name] = (chosen or {}).get(name, choice.values[0])
             if (choice.source or name) not in values:
                 raise InputError(
-                    f"{experiment}: best_of must be an experiment with best() before this one"
+                    f"{experiment}: best_of() must name an experiment with best() before this one"
                     f" ({', '.join(values) or 'none'}), got {choice.source!r}"
                 )
             settings.append(f"--gin.{choice.setting}={values[choice.source or name]}")
@@ -170,7 +172,7 @@ def plan_runs(
         for seed in seeds:
             folder = _folder(args.output, name, seed)
             by_folder = {run.folder: run for run in runs}
-            # `_describe_experiment` replaces characters, so that two experiments may have one name.
+            # `_describe_experiment` replaces characters, so two experiments may get the same name.
             if folder in by_folder:
                 raise InputError(f"{experiment}: another experiment has the name {name}")
             flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
@@ -180,7 +182,7 @@ def plan_runs(
                 if initial not in by_folder:
                     earlier = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
                     raise InputError(
-                        f"{experiment}: FROM must be an experiment before this one"
+                        f"{experiment}: FROM must name an experiment before this one"
                         f" ({', '.join(earlier) or 'none'}), got {from_name!r}"
                     )
                 flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
@@ -208,7 +210,7 @@ def plan_runs(
 
 
 def _check_not_reserved(settings: Sequence[str], where: str = "") -> None:
-    """Raises InputError if a setting --gin.NAME=value is one that the sweep sets."""
+    """Raises InputError, with `where` in front, if a setting is one that the sweep sets."""
     for setting in settings:
         name = _binding_name(setting.removeprefix("--gin."))
         if name in _SWEEP_MACROS:
@@ -223,7 +225,7 @@ def _make_run(
     train_settings: dict[str, str],
     evaluate_flags: Sequence[str],
 ) -> Run:
-    """Returns a run with the flags of its evaluation, which this parses."""
+    """Returns a run; adds the output folder to the flags of its evaluation, and parses them."""
     flags = [*evaluate_flags, f"--gin.EVAL_OUTPUT_DIR={folder / 'results'}"]
     settings = _parse_settings("evaluate", flags, "--evaluate")
     # Scores stay valid if the output folder is moved.
@@ -232,51 +234,56 @@ def _make_run(
 
 
 def _split_from(settings: Sequence[str], experiment: str) -> tuple[list[str], str | None]:
-    """Returns the settings --gin.NAME=value without FROM, and its value; None without one.
+    """Splits settings --gin.SETTING=value -> (those other than FROM, the value of FROM or None).
 
     Raises:
-      InputError: there are several FROM, or INITIAL_CHECKPOINT_PATH, which FROM sets.
+      InputError: FROM is set twice, or together with INITIAL_CHECKPOINT_PATH, which it replaces.
     """
     names = [flag.removeprefix(_FROM) for flag in settings if flag.startswith(_FROM)]
     rest = [flag for flag in settings if not flag.startswith(_FROM)]
     if len(names) > 1:
         raise InputError(f"{experiment}: expected a single FROM, got {len(names)}")
     if names and any(flag.startswith("--gin.INITIAL_CHECKPOINT_PATH=") for flag in rest):
-        raise InputError(f"{experiment}: INITIAL_CHECKPOINT_PATH: FROM sets it")
+        raise InputError(
+            f"{experiment}: INITIAL_CHECKPOINT_PATH must not be set with FROM, which sets it"
+        )
     return rest, names[0] if names else None
 
 
 def _split_seeds(settings: Sequence[str], default: str) -> tuple[list[str], list[int]]:
-    """Returns the settings --gin.NAME=value without SEEDS, and the seeds."""
+    """Splits settings --gin.SETTING=value -> (those other than SEEDS, the seeds).
+
+    `default` is the text of --seeds, for settings without SEEDS.
+    """
     texts = [flag.removeprefix(_SEEDS) for flag in settings if flag.startswith(_SEEDS)]
-    seeds = _parse_seeds(texts[-1] if texts else default)
+    seeds = _parse_seeds(texts[-1], "SEEDS") if texts else _parse_seeds(default, "--seeds")
     return [flag for flag in settings if not flag.startswith(_SEEDS)], seeds
 
 
-def _parse_seeds(text: str) -> list[int]:
-    """Returns the distinct seeds of '0,1,2'; InputError if it is something else."""
+def _parse_seeds(text: str, setting: str) -> list[int]:
+    """Returns the distinct seeds of a text such as '0,1,2'; InputError for any other text."""
     if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise InputError(f"--seeds must be integers joined by commas, got {text!r}")
+        raise InputError(f"{setting} must be integers joined by commas, got {text!r}")
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
 def _split_experiment(text: str) -> tuple[list[str], list[str]]:
-    """Returns the flags of files and those of settings.
+    """Returns an experiment's flags of files and of settings.
 
-    'a.gin+B=1' has (['--gin_file=a.gin'], ['--gin.B=1']).
+    'a.gin+B=1' becomes (['--gin_file=a.gin'], ['--gin.B=1']).
 
     Raises:
-      InputError: a part is neither a gin file nor NAME=value.
+      InputError: a part is neither a gin file nor SETTING=value.
     """
     parts = re.split(r"\+(?=[A-Za-z_./~])", text)  # not the + of 1e+3
     files = [f"--gin_file={part}" for part in parts if "=" not in part]
     if not all(file.endswith(".gin") for file in files):
-        raise InputError(f"{text}: expected gin files and NAME=value joined by +")
+        raise InputError(f"{text}: expected gin files and SETTING=value joined by +")
     return files, [f"--gin.{part}" for part in parts if "=" in part]
 
 
 def _split_name(files: Sequence[str], settings: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the name of an experiment, and its settings --gin.NAME=value without NAME.
+    """Returns the name of an experiment, and its settings --gin.SETTING=value other than NAME.
 
     Raises:
       InputError: NAME has characters that a folder's name cannot have.
@@ -291,7 +298,7 @@ def _split_name(files: Sequence[str], settings: Sequence[str]) -> tuple[str, lis
 
 
 def _describe_experiment(files: Sequence[str], settings: Sequence[str]) -> str:
-    """Returns a name for a folder: 'mov_B=1_FROM=mov' of methods/mov.gin, B=1 and FROM=mov."""
+    """Returns a folder's name: 'mov_B=1_FROM=mov' for methods/mov.gin, B=1 and FROM=mov."""
     words = [Path(flag.removeprefix("--gin_file=")).stem for flag in files]
     words += [flag.removeprefix("--gin.") for flag in settings]
     return re.sub(r"[^\w.=-]+", "_", "_".join(words)).strip("_.")
@@ -331,10 +338,14 @@ def _parse_settings(command: str, flags: Sequence[str], where: str) -> dict[str,
     settings = run_settings.parse_settings(config)
     if f"{command}.{command}.data = " not in config:
         raise InputError(f"{where}: expected a run file of {command}, such as runs/…, got none")
-    if command == "train" and "None" in (settings["MODEL"], settings["TRAINABLE"]):
-        raise InputError(
-            f"{where}: expected files of a model and of a method, got only one of them"
-        )
+    if command == "train":
+        kinds = {"MODEL": "model file", "TRAINABLE": "method file"}
+        missing = [kind for macro, kind in kinds.items() if settings[macro] == "None"]
+        if missing:
+            raise InputError(
+                f"{where}: expected files of a model and of a method, got no"
+                f" {' and no '.join(missing)}"
+            )
     return settings
 
 
@@ -374,6 +385,6 @@ def expand_argument_files(argv: Sequence[str]) -> list[str]:
 
 
 def find_file(name: str) -> Path | None:
-    """Returns a file of the working folder or of the package's gin folder."""
+    """Returns a file of the working folder, else of the package's gin folder, else None."""
     candidates = [Path(name), gin_flags.GIN_DIR / name]
     return next((path for path in candidates if path.is_file()), None)

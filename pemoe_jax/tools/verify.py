@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from pemoe_jax.runtime.file_io import AnyPath
 
 _DESCRIPTION = """\
-Reads all of PATH and prints a line for each file: what was verified, and what its format cannot
-show. PATH is one of these; its format is detected:
+Reads the files of PATH and prints a line for each file, checkpoint or table: what was verified, and
+what its format cannot show. PATH is one of these; its format is detected:
   a run (MODEL_DIR) or a checkpoint_<step>, an adapter (also PEFT's), a base model (T5X, Hugging
   Face, .safetensors), weights (.safetensors, .bin), a sentence table (pemoe embed), or data: a
   folder with tfrecords, Parquet, Arrow or JSON files, or one of these files
 PATH may be a gs:// path, except for data.
-The exit code is 0 if everything is whole, 1 if not. Nothing is written.
+The exit code is 0 if nothing is damaged, else 1. Nothing is written.
 """
 
 _NO_CHECKSUMS = "without checksums: a changed value is not noticed"
@@ -51,35 +51,35 @@ def flags() -> argparse.ArgumentParser:
 
 
 def verify(path: str) -> int:
-    """Prints a line for each file of a path; returns the number of files.
+    """Prints a line for each file, checkpoint or table of a path; returns their number.
 
     Raises:
-      InputError: the path is of no known format, or a file is damaged.
+      InputError: the path is of no known format, or a part of it is damaged.
     """
     from pemoe_jax.runtime import file_io
 
     resolved = file_io.resolve(path)
-    num_files = num_faults = 0
+    num_items = num_faults = 0
     with file_io.remote_errors(resolved):
         if not resolved.exists():
             raise InputError(f"PATH must be a file or folder, got {path}, which does not exist")
         for name, check in _checks(resolved):
-            num_files += 1
+            num_items += 1
             try:
                 print(f"ok     {name}: {check()}", flush=True)
             except (InputError, OSError) as error:
                 num_faults += 1
                 print(f"FAULT  {str(error) or name}", flush=True)
-    if not num_files:
+    if not num_items:
         raise InputError(f"PATH must be one of those of pemoe verify --help, got {path}")
     if num_faults:
-        raise InputError(f"{path}: {num_faults} of {plural(num_files, 'item')} are damaged")
-    print(f"{path}: {plural(num_files, 'item')} verified, no fault", flush=True)
-    return num_files
+        raise InputError(f"{path}: damaged: {num_faults} of {plural(num_items, 'item')}")
+    print(f"{path}: {plural(num_items, 'item')} verified, no fault", flush=True)
+    return num_items
 
 
 def _checks(path: epath.Path) -> Iterator[Check]:
-    """Yields the checks of a path, by its format."""
+    """Detects the format of a path, and yields the checks for it."""
     from pemoe_jax.checkpoints import adapter_file, peft, runs, t5x, t5x_run, tensorstore_file
     from pemoe_jax.runtime import file_io
 
@@ -100,17 +100,17 @@ def _checks(path: epath.Path) -> Iterator[Check]:
             yield name, functools.partial(_verify_tfrecords, path)
         elif path.suffix in check_by_suffix:
             yield name, functools.partial(check_by_suffix[path.suffix], path)
-    elif (path / "about.json").exists():
+    elif (path / "about.json").exists():  # a sentence table
         yield name, functools.partial(_verify_table, path)
     # Before PEFT's adapters: this package's adapters have an adapter_config.json as well.
     elif adapter_file.is_adapter(path):
         yield name, functools.partial(_verify_adapter, name)
-        yield from _weight_files(path)
+        yield from _weight_checks(path)
     elif peft.is_adapter(path):
         file = path / "adapter_config.json"
         yield str(file), functools.partial(_verify_json, file)
-        yield from _weight_files(path)
-    elif (path / "record").is_dir():
+        yield from _weight_checks(path)
+    elif (path / "record").is_dir():  # one checkpoint_<step> of a run
         yield name, functools.partial(_verify_checkpoint, file_io.to_path(path))
     elif runs.is_run(name):
         for step in runs.finished_steps(path):
@@ -127,7 +127,7 @@ def _checks(path: epath.Path) -> Iterator[Check]:
         or tensorstore_file.orbax_state_folder(path) is not None
         or t5x.checkpoint_steps(path)
     ):
-        yield from _weight_files(path)
+        yield from _weight_checks(path)
         yield name, functools.partial(_verify_base, name)
     elif file_io.is_remote(path):
         raise InputError(_describe_remote_data(path))
@@ -146,15 +146,15 @@ def _describe_remote_data(path: epath.Path) -> str:
     )
 
 
-def _weight_files(folder: epath.Path) -> Iterator[Check]:
-    """Yields the checks of the files of weights in a folder."""
+def _weight_checks(folder: epath.Path) -> Iterator[Check]:
+    """Yields the checks of the files in a folder that hold weights."""
     for file in sorted(folder.iterdir()):
         if file.suffix in (".safetensors", ".bin") and file.is_file():
             yield from _checks(file)
 
 
 def _read_all(arrays: Mapping[str, LazyArray], source: str) -> str:
-    """Reads arrays one at a time; returns their number and what was verified, as text."""
+    """Reads arrays one at a time; returns a text: their number, and what was verified."""
     from pemoe_jax.core import params as params_lib
 
     for name, array in arrays.items():
@@ -189,7 +189,7 @@ def _verify_t5x_run(path: str) -> str:
 
 
 def _verify_trained(name: str, arrays: dict[str, LazyArray], record: Record, step: int) -> str:
-    """Loads the arrays of a run or an adapter, which compares them with the model of its record."""
+    """Loads the arrays of a run or an adapter, and compares them with the model of its record."""
     from pemoe_jax.checkpoints import models
 
     model = models.build_model(record)
@@ -214,7 +214,7 @@ def _verify_checkpoint(folder: AnyPath) -> str:
 
 def _verify_base(path: str) -> str:
     base = _check_model(path)
-    # `_weight_files` has yielded the files of its arrays.
+    # The checks of `_weight_checks` read the files of its arrays.
     if base.format == "Hugging Face":
         return "config.json, index of the files, names and shapes of the model"
     return f"{base.format}: {_read_all(base.arrays, str(base))}; {_NO_CHECKSUMS}"
@@ -255,8 +255,8 @@ def _verify_json(path: epath.Path) -> str:
 
     row_checks.read_object(file_io.to_path(path))
     if path.name.startswith("info.") and (split := path.name.split(".")[1]):
-        # A split of a cache of tfrecords. Its rows are counted, not read, so that the reader does
-        # not use the size of the vocabulary.
+        # A split of a cache of tfrecords. Its rows are counted, not read, so the reader never asks
+        # for the vocabulary's size, and a 0 can stand in for it.
         reader = tfrecords.TFRecordReader(Path(path.parent), split, lambda: 0)
         if (actual := sum(file.count() for file in reader.files)) != reader.num_rows:
             raise InputError(
@@ -264,7 +264,7 @@ def _verify_json(path: epath.Path) -> str:
                 f" stats, got {actual:,}"
             )
         return f"the {plural(len(reader.files), 'tfrecord file')} of {split!r} and their rows"
-    return f"an object of JSON; {_NO_CHECKSUMS}"
+    return f"a JSON object; {_NO_CHECKSUMS}"
 
 
 def _verify_rows(path: epath.Path) -> str:

@@ -347,7 +347,7 @@ def xxl_tables() -> list[tables.Table]:
     """Returns the tables of MoLORA at XXL."""
     args = count.FLAGS.parse_args([])
     files = ["models/t5_1_1_xxl.gin", "methods/molora.gin"]
-    return counts.site_tables("xxl", count._load(args, files, []))
+    return counts.site_tables("xxl", count._count_files(args, files, []))
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])

@@ -367,7 +367,7 @@ def test_failed_runs_are_reported(stand_ins, tmp_path, capsys):
     # A failed training may have left a checkpoint, from which no other run may start.
     flags.insert(2, "methods/ia3.gin+FROM=mov_NUM_EXPERTS=13")
     assert sweep.main([*flags, f"--output={tmp_path / 'a'}"]) == 1
-    reason = "FAILED in train, as mov_NUM_EXPERTS=13-seed0, which it starts FROM, is not trained"
+    reason = "FAILED in train: mov_NUM_EXPERTS=13-seed0, which it starts FROM, is not trained"
     assert reason in capsys.readouterr().out
     assert sweep.main([*flags, f"--output={tmp_path / 'b'}", "--stop_at_failure"]) == 1
     assert not (tmp_path / "b" / "mov-seed0").exists()

@@ -149,24 +149,25 @@ def test_arguments_from_a_file(tmp_path):
     ("flags", "message"),
     [
         (["methods/none.gin"], "methods/none.gin: methods/none.gin: no such file in"),
-        (["methods/mov.gin+top_1"], "expected gin files and NAME=value"),
+        (["methods/mov.gin+top_1"], "expected gin files and SETTING=value"),
         (
             ["methods/mov.gin+NUM_EXPERT=2"],
             "NUM_EXPERT: no gin file has .* close: NUM_EXPERTS",
         ),
         (["methods/mov.gin", "./methods/mov.gin"], "another experiment has the name mov"),
-        (["routing/soft.gin"], "expected files of a model and of a method"),
+        (["routing/soft.gin"], "expected files of a model and of a method, got no method file$"),
+        (["methods/mov.gin+SEEDS=a"], "SEEDS must be integers joined by commas, got 'a'"),
         (
             ["methods/mov.gin", "--seeds=0;1"],
             "--seeds must be integers joined by commas, got '0;1'",
         ),
         (["methods/mov.gin+NAME=a/b"], r"NAME must be letters, digits and '_\.=-', got 'a/b'"),
-        (["methods/mov.gin+RANK=best(1)"], r"best\(\) must have different values, got"),
+        (["methods/mov.gin+RANK=best(1)"], r"best\(\) must have two or more different values, got"),
         (["methods/mov.gin+A=best(1,2)+B=best_of(x)"], r"expected a single best\(\), got 2"),
         (["methods/mov.gin+A=best(1,2)+FROM=x"], "must not be in an experiment with FROM"),
         (
             ["methods/mov.gin+NUM_EXPERTS=best_of(ia3)"],
-            r"best_of must be an experiment with best\(\) before this one \(none\), got 'ia3'",
+            r"must name an experiment with best\(\) before this one \(none\), got 'ia3'",
         ),
         (["methods/mov.gin", "--jobs=0"], "--jobs must be at least 1, got 0"),
         (["methods/mov.gin", "--gin.SEED=3"], r"the sweep sets it from --seeds"),
@@ -174,13 +175,13 @@ def test_arguments_from_a_file(tmp_path):
         (["methods/mov.gin", "--evaluate=runs/infer.gin"], "expected a run file of evaluate"),
         (
             ["methods/mov.gin+FROM=ia3", "methods/ia3.gin"],
-            r"mov.gin\+FROM=ia3: FROM must be an experiment before this one \(none\), got 'ia3'",
+            r"mov.gin\+FROM=ia3: FROM must name an experiment before this one \(none\), got 'ia3'",
         ),
         (["methods/mov.gin", "methods/mov.gin+FROM="], r"before this one \(mov\), got ''"),
         (["methods/mov.gin", "methods/ia3.gin+FROM=mov+FROM=mov"], "expected a single FROM, got 2"),
         (
             ["methods/mov.gin", "methods/ia3.gin+FROM=mov+INITIAL_CHECKPOINT_PATH=x"],
-            "INITIAL_CHECKPOINT_PATH: FROM sets it",
+            "INITIAL_CHECKPOINT_PATH must not be set with FROM, which sets it",
         ),
         (
             ["methods/mov.gin+SEED=3"],
