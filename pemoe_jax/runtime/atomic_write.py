@@ -1,8 +1,8 @@
 """Atomic writes: files and folders are written under another name, then renamed.
 
-Buckets have no rename: a file is written to a local folder and uploaded as one object, which
-appears as a whole. The files of a folder appear one by one. JSON files, which describe the others,
-are uploaded last, so that a process that finds them finds the others too.
+Buckets cannot rename: a file is written to a local folder and uploaded as one object, which appears
+as a whole. The files of a folder appear one by one. JSON files, which describe the others, are
+uploaded last, so that a process that finds them finds the others too.
 """
 
 import contextlib
@@ -44,9 +44,9 @@ def temporary_path(path: str | os.PathLike[str], overwrite: bool = False) -> Ite
                 _upload(epath.Path(folder) / path.name, path)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, because a rename is atomic only within one file system. The process id is
-    # for two processes that write the same path, and for `folder_lock`, which deletes the temporary
-    # files of processes that have died.
+    # In the same folder, because a rename is atomic only within one file system. The process id
+    # separates two processes that write the same path. It also tells `folder_lock` which temporary
+    # files belong to processes that have died, and can be deleted.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     _remove(temporary)
     try:

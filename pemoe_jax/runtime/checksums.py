@@ -46,8 +46,8 @@ def _size_and_crc32c(path: AnyPath) -> tuple[int, str]:
 def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | None = None) -> int:
     """Returns a checksum of an array in row-major order: the CRC-32C of the sums of its blocks.
 
-    A sum takes less than half the time of a CRC. A block has 32 KiB and is summed as 64-bit
-    integers, modulo 2^64: a change of one value always changes the sum of its block.
+    Summing bytes takes less than half the time of their CRC. A block has 32 KiB and is summed as
+    64-bit integers, modulo 2^64, so that a change of one value always changes its block's sum.
 
     Args:
       array: the array.
@@ -63,7 +63,7 @@ def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | 
             part = data[start : min(start + _PART_BYTES, span_stop)]
             end = len(part) // _BLOCK_BYTES * _BLOCK_BYTES
             sums = part[:end].view(np.uint64).reshape(-1, _BLOCK_BYTES // 8).sum(axis=1)
-            # An incomplete block at the end of the array is not summed.
+            # An incomplete block at the end of the array enters the CRC without a sum.
             content += sums.tobytes() + part[end:].tobytes()
             if visit is not None:
                 visit(part.view(values.dtype))
@@ -76,15 +76,15 @@ def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | 
 
 
 def join(checksums: Mapping[str, tuple[str, int]]) -> str:
-    """Joins the checksums of a model's arrays to one.
+    """Joins the checksums of a model's arrays into one.
 
     Args:
-      checksums: name of the array -> (kind, checksum). Equal values of another kind, such as
-        another dtype, have another checksum.
+      checksums: name of the array -> (kind, checksum). The kind is a text such as the dtype, since
+        equal values of another dtype have another checksum.
 
     Returns:
-      8 hexadecimal digits, ':' and 16 digits, whatever the order of the names. The 8 digits hash
-      the names and kinds alone: `is_other` compares only results in which they agree.
+      8 hexadecimal digits, ':' and 16 digits, independent of the order of `checksums`. The first 8
+      digits hash only names and kinds; `is_other` compares only results that agree in them.
     """
     rows = sorted((name, kind, f"{crc:08x}") for name, (kind, crc) in checksums.items())
     kinds, values = (

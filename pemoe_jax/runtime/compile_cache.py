@@ -77,7 +77,7 @@ def default_folder(environment: Mapping[str, str]) -> Path:
 
 def _delete_old_programs(folder: Path) -> None:
     # JAX can limit the size of its cache but not the age of files. Each version of a program adds a
-    # file; files that no run has read for a month are of old versions.
+    # file. Files that no run has read for `MAX_AGE_DAYS` belong to old versions.
     oldest = time.time() - MAX_AGE_DAYS * 24 * 3600
     for file in folder.glob("*-cache"):
         try:

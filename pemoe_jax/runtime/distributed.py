@@ -123,10 +123,10 @@ _watchdog_pipes: list[int] = []  # write end of the pipe to this process's watch
 def _report_if_killed() -> None:
     """Prints an error line to stderr if this process is killed, by the system or by JAX.
 
-    When another process is lost, JAX aborts this one (SIGABRT) from a C++ thread, after a stack
-    trace. jax 0.10 has no callback for this, and no Python code runs any more. So a child process,
-    the watchdog, waits for a pipe from this process to close. If a line arrives first, this process
-    has ended by itself.
+    When another process is lost, JAX prints a stack trace and aborts this one (SIGABRT) from a C++
+    thread. jax 0.10 has no callback for this, and no Python code runs any more. So a child process,
+    the watchdog, prints the error when its pipe from this process closes. If this process ends by
+    itself, it first writes a line to the pipe, and the watchdog prints nothing.
     """
     read_end, write_end = os.pipe()
     line = f"error: this process was killed, or {_PEER_FAILED}"

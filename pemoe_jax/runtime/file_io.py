@@ -1,4 +1,4 @@
-"""Paths that are local or `gs://`, and reading from them: text, byte ranges and JSON."""
+"""Local and `gs://` paths: checks, one-line errors, and reading text, byte ranges and JSON."""
 
 import concurrent.futures
 import contextlib
@@ -104,7 +104,7 @@ def resolve_output_folder(path: str | os.PathLike[str], setting: str) -> AnyPath
 def check_no_pattern(path: str | os.PathLike[str], setting: str) -> None:
     """Raises InputError for a path with a special character of shell patterns.
 
-    Orbax and T5X use the paths of checkpoints as patterns, which such a path does not match itself.
+    Orbax and T5X use paths as patterns to find checkpoints, and such a path does not match itself.
     """
     if re.search(r"[][*?\\]", os.fspath(path)):
         raise InputError(rf"{setting} must be a path without any of []*?\, got {os.fspath(path)}")
@@ -181,7 +181,8 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def delete_folder(folder: epath.Path) -> None:
     """Deletes all objects of a folder in a bucket, if there are any."""
-    # Twice: TensorFlow's first pass may leave objects behind if the folder has one for itself.
+    # Twice, because TensorFlow's first pass may leave objects behind if the folder itself is an
+    # object.
     for _ in range(2):
         folder.rmtree(missing_ok=True)
 
@@ -219,9 +220,9 @@ _Result = TypeVar("_Result")
 
 
 def map_spans(function: Callable[[int, int], _Result], size: int) -> list[_Result]:
-    """Returns `function(start, stop)` of each span of `SPAN_BYTES` of `size` bytes, in order.
+    """Splits `size` bytes into spans of `SPAN_BYTES`, and calls `function(start, stop)` for each.
 
-    Threads process several spans at a time.
+    Returns the results in the order of the spans. Threads process several spans at a time.
     """
     bounds = [(start, min(start + SPAN_BYTES, size)) for start in range(0, size, SPAN_BYTES)]
     if len(bounds) < 2:
@@ -245,7 +246,7 @@ def read_range(
       size: number of bytes.
       visit: called with each block of `READ_BLOCK` bytes while it is in a cache of the processor;
         its arguments are the block's position in the range and its bytes. Blocks of one span of
-        `map_spans` are visited in order, different spans in several threads.
+        `map_spans` are visited in order; different spans may be visited in different threads.
 
     Raises:
       InputError: the file is shorter.
@@ -285,7 +286,7 @@ def read_range(
 def parse_json(
     text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Returns the value of a JSON text. Every reader of JSON in this package calls this function.
+    """Returns the value of a JSON text; for every JSON text that users can change.
 
     Raises:
       ValueError: the text is not JSON in UTF-8, is nested too deeply, or has an integer of more

@@ -45,7 +45,7 @@ def _visit(
 
     Args:
       node: the scope that the function is called in, and the function.
-      path: the functions that led here, each with its setting that refers to the next one.
+      path: the functions that led here, each with the setting by which it refers to the next.
       finished: functions that lead to no cycle; this one is added.
       bindings: gin's bindings.
     """
@@ -73,9 +73,9 @@ def _visit(
 def _settings(scope: str, selector: str, bindings: Bindings) -> dict[str, object]:
     """Returns {setting: value} of a function that is called in a scope."""
     values: dict[str, tuple[str, object]] = {}
-    # Settings of an inner scope replace those of an outer one.
-    for outer, bound in sorted({key for key in bindings if key[1] == selector}):
+    # Outer scopes come first, so that the settings of an inner scope replace theirs.
+    for outer in sorted(outer for outer, function in bindings if function == selector):
         if not outer or f"{scope}/".startswith(f"{outer}/"):
-            for parameter, value in bindings[outer, bound].items():
+            for parameter, value in bindings[outer, selector].items():
                 values[parameter] = setting_name(outer, selector, parameter), value
     return dict(values.values())

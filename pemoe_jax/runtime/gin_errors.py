@@ -77,13 +77,16 @@ def describe_error(error: Exception, lines: Sequence[str]) -> str:
         return f"gin: expected a closing bracket in {_find_unclosed(lines) or 'a gin file'}"
     # gin appends the file, the line number and the code, but for a syntax error in `lines` only the
     # line number.
-    place = re.search(r"\n  In (?:bindings string|file \"(.+?)\",) line (\d+)\n +(.+)", str(error))
+    location = re.search(
+        r"\n  In (?:bindings string|file \"(.+?)\",) line (\d+)\n +(.+)", str(error)
+    )
     number = re.search(r" ?\(line (\d+)\)", str(error))
     if token := re.search(r"Failed to parse token '(.+)'", str(error)):
         line = f"{token[1]} is not a value (text needs quotes)"
     where, code = "", ""
-    if place:
-        where, code = f"{place[1]} line {place[2]}: " if place[1] else "", place[3]
+    if location:
+        where = f"{location[1]} line {location[2]}: " if location[1] else ""
+        code = location[3]
     elif number and int(number[1]) <= len(lines):
         line, code = line.replace(number[0], ""), lines[int(number[1]) - 1]
     got = f", got `{code}`" if code else ""
@@ -104,7 +107,7 @@ def describe_missing(error: Exception, command: str) -> str:
 
 def describe_unconfigured(command: str) -> str:
     """Describes that no gin file configures a command."""
-    # Run files that are not named after the function of their command.
+    # These two run files are not named after the function that they configure.
     file = {"train": "finetune", "decode_texts": "infer"}.get(command, command)
     return f"no gin file configures {command}: pass a run file, e.g. --gin_file=runs/{file}.gin"
 

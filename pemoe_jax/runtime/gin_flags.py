@@ -41,8 +41,8 @@ _SET_BY_MODEL_AND_METHOD = (
 )
 
 # Method files read this macro, and model files set it. A command that opens checkpoints may have no
-# model file. Its default, None, is set after the gin files and the check of macro names, so that a
-# flag for it is an error if no gin file sets it.
+# model file. The macro's default, None, is set only after the gin files and the check of macro
+# names, so that a flag for the macro is an error if no gin file sets it.
 _SET_BY_MODEL = "SPARSE_STEP"
 
 # Model files read DROPOUT_RATE, which only run files set; some run files read DTYPE, which only
@@ -83,7 +83,7 @@ _GIN_ERRORS = (
     tokenize.TokenError,
 )
 
-# Bindings of run files by which commands without a run file select the trainable parameters.
+# Bindings that run files have, for commands without a run file: they select what trains.
 FREEZE_BINDINGS = """\
 from pemoe_jax.core import freezing
 freezing.trainable_patterns.trainable = %TRAINABLE
@@ -123,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(
     command: str, description: str, example: str, macros: Sequence[str]
 ) -> argparse.ArgumentParser:
-    """Returns a parser with the flags that all commands share.
+    """Returns a parser with the flags that all commands with gin files share.
 
     Args:
       command: name of the command.
@@ -194,8 +194,8 @@ def load_config(
       macros: lines 'NAME = value' for the command's own macros, parsed before any file.
 
     Raises:
-      InputError: a file is missing, a line does not parse, a name does not exist, or a value is of
-        the wrong type.
+      InputError: a file is missing, a line does not parse, a name does not exist, a value has a
+        wrong type or range, or a setting has no effect.
     """
     import importlib.util  # noqa: F401  gin uses it without importing it
 
@@ -213,7 +213,7 @@ def load_config(
         # Later values win: defaults, then files, then flags.
         gin.parse_config([f"{macro} = None" for macro in _SET_BY_MODEL_AND_METHOD])
         gin.parse_config([_DEFAULTS, *macros])
-        with _only_files():
+        with _local_files_alone():
             gin.parse_config_files_and_bindings(args.gin_file, [], finalize_config=False)
         _check_macro_names(bindings, args.gin_bindings, args.gin_file)
         if macro_value(_SET_BY_MODEL) is None:
@@ -233,8 +233,8 @@ def load_config(
 
 
 @contextlib.contextmanager
-def _only_files() -> Iterator[None]:
-    """Makes gin read files in UTF-8, in any locale, and keeps it from searching packages.
+def _local_files_alone() -> Iterator[None]:
+    """Makes gin read files as UTF-8 in any locale, and keeps it from searching Python packages.
 
     That search fails if the working folder has a folder `runs/`.
     """
@@ -334,7 +334,7 @@ def _check_routers_have_effect() -> None:
         hint = f"; sparse layers have {_join_names(macros) if macros else 'no such setting'}"
     raise InputError(
         f"routing.Router.{parameters[0]} has no effect: no adapter of {macro_value('METHOD')} has a"
-        f" router, and files of routing/ are for these{hint}"
+        f" router, which files of routing/ configure{hint}"
     )
 
 
@@ -410,7 +410,7 @@ def run_configured(
       flags: the command's parser.
       function: the function.
       argv: the arguments; None: `sys.argv`.
-      flag_names: flags that are passed to the function.
+      flag_names: flags whose values are passed to the function.
     """
 
     def load_and_call(args: argparse.Namespace, bindings: Sequence[str]) -> None:
@@ -466,7 +466,8 @@ def run_command(
         code = 130
     except Exception as error:
         run_file.finish("failed", f"{type(error).__name__}: {first_line(error)}")
-        # An error of the operating system is no bug: no permission, no space, a file for a folder.
+        # An error of the operating system is no bug, but a missing permission, a full disk or a
+        # file in place of a folder.
         os_error = _os_error(error)
         if os_error is None:
             distributed.exit_on_error(error)

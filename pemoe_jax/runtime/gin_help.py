@@ -64,13 +64,15 @@ def read_macros(texts: Iterable[str]) -> list[Macro]:
     selector = ""  # the last 'module.function:', whose parameters the next lines bind
     # Only the forms of lines that this package's gin files use are recognized.
     for line in (line for text in texts for line in _lines(text)):
-        if match := re.match(r"from (\S+) import (\w+)", line):
+        if match := re.match(r"from (\S+) import (\w+)", line):  # an import
             modules[match[2]] = f"{match[1]}.{match[2]}"
+        # A macro: NAME = value  # comment
         elif match := re.match(r"([A-Z][A-Z0-9_]*) = (.*?)(?:\s+# (.*))?$", line):
             macro = macros.setdefault(match[1], Macro(match[1], ""))
             macro.default, macro.description = match[2], match[3] or macro.description
-        elif match := re.match(r"([\w./]+):$", line):
+        elif match := re.match(r"([\w./]+):$", line):  # module.function:
             selector = match[1]
+        # A binding: 'module.function.parameter = value', or '  parameter = value' after `selector`.
         elif match := re.match(r"(?:  |([\w./]+)\.)(\w+) = (?:%([A-Z][A-Z0-9_]*)\b)?", line):
             bindings[match[1] or selector, match[2]] = match[3] or ""
     descriptions: dict[str, str] = {}  # of the macros that are read
@@ -105,7 +107,8 @@ def find_macro_owners(name: str) -> list[str]:
 
     If a folder has more than three, the files of a family are listed as one ('methods/flan_*.gin');
     if more than three remain, the folder stands for its files ('a file of runs/'). Files for T5X
-    are listed if no others set the macro; experiments, which combine the others' macros, never.
+    are listed only if no others set the macro. Experiments are never listed: they only combine the
+    macros of other files.
     """
     folders = [["methods", "models", "routing", "runs"], ["runs_t5x"]]
     for group in folders:
@@ -127,7 +130,7 @@ def find_macro_owners(name: str) -> list[str]:
 
 
 def _lines(text: str) -> Iterable[str]:
-    """Yields the lines of a gin text or of a file, given by name, and of the files it includes."""
+    """Yields the lines of a gin text or a named file, with included files in place of includes."""
     if "\n" not in text:
         text = (GIN_DIR / text).read_text(encoding="utf-8")
     for line in text.splitlines():

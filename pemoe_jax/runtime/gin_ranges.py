@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """The numbers between two bounds, each included by a square bracket or excluded by a round one.
+    """The numbers between two bounds; square brackets include a bound, round ones exclude it.
 
     Attributes:
       left: '[' or '('.
@@ -52,7 +52,7 @@ OFFSET = Interval("[", 1 - 2**31, 2**31 - 1, "]")
 # in the first steps.
 EARLIER_STEPS = OFFSET._replace(high=0)
 
-# Function -> parameter -> range. A test checks that each parameter that is a number has one.
+# Function -> parameter -> range. A test checks that every numeric parameter has a range.
 RANGES: dict[str, dict[str, Interval]] = {
     "train.train": {"total_steps": STEPS, "seed": SEED},
     "options.Data": {

@@ -1,4 +1,4 @@
-"""Checks the values that gin binds: texts, the types of their parameters, and ranges of numbers."""
+"""Checks the values that gin binds: the encoding of texts, types, and the ranges of numbers."""
 
 import collections.abc
 import inspect
@@ -34,7 +34,7 @@ _UNCHECKED = (Any, object, inspect.Parameter.empty)
 
 
 def check_texts(bindings: Bindings) -> None:
-    """Raises InputError for a text that has no UTF-8, or a reference that gin cannot print."""
+    """Raises InputError for a text without UTF-8 form, or a reference that gin cannot print."""
     settings = [
         (setting_name(scope, selector, parameter), value, leaf)
         for (scope, selector), values in bindings.items()
@@ -56,7 +56,7 @@ def check_texts(bindings: Bindings) -> None:
 def check_bindings(optional_macros: Collection[str] = ()) -> None:
     """Checks every value of the parsed gin configuration.
 
-    For a reference, its class or the return annotation of its function is checked.
+    A reference is checked by its class, or by the return annotation of its function.
 
     Args:
       optional_macros: macros that may be None whatever their type, because gin files need not set
@@ -91,7 +91,7 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
 
 
 def _leaves(value: object) -> Iterator[Any]:
-    """Yields the values and keys in nested lists and dicts."""
+    """Yields the keys and values in nested lists and dicts; a value that is neither, itself."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set)):

@@ -1,4 +1,4 @@
-"""Settings of host memory for programs on CPUs: reused between steps, freed after compilation."""
+"""Makes programs on CPUs keep host memory between steps, and free it after compilation."""
 
 import ctypes
 import gc

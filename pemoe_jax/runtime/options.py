@@ -1,8 +1,8 @@
 """Options of the commands, as dataclasses that gin files configure.
 
-To add an option: add a field and its line in the docstring, a macro and a binding in a run file,
-and for a number its range in `gin_ranges`.
-`--help` shows the docstring's line next to the macro and its default (`gin_help`).
+To add an option, add a field, its line in the docstring, and a macro and a binding in a run file;
+for a number, also its range in `gin_ranges`. `--help` shows the docstring's line next to the macro
+and its default (`gin_help`).
 """
 
 import dataclasses
@@ -117,8 +117,8 @@ class Checkpointing:
         a run resumes from the newest checkpoint in it.
       initial_checkpoint_path: base model, in the format of T5X, Hugging Face or this package, or a
         run to continue from; None: random weights.
-      upcycle_noise: σ, where a sparse model starts from a dense base: each expert is the dense MLP
-        times 1 + N(0, σ²); None: 0.
+      upcycle_noise: σ of the noise in a sparse model that starts from a dense base: each weight of
+        each expert is the dense MLP's, times its own draw of 1 + N(0, σ²); None: 0.
       period: steps between two checkpoints.
       keep: number of newest checkpoints to keep; None: all.
       keep_best: metric by which the best checkpoint is kept too: 'eval/loss', 'eval/accuracy' or
@@ -136,7 +136,7 @@ class Checkpointing:
         check_choice("KEEP_BEST", self.keep_best, ("eval/loss", "eval/accuracy", None))
 
     def check_keep_best(self, eval_period: int) -> None:
-        """Raises InputError unless all checkpoints are evaluated that KEEP_BEST compares."""
+        """Raises InputError unless each checkpoint that KEEP_BEST compares is evaluated."""
         # A checkpoint without an evaluation at its step has no value of the metric.
         if self.keep_best is not None and (not eval_period or self.period % eval_period):
             raise InputError(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _UPLOAD_SECONDS = 10.0  # between two uploads of metrics to a bucket
-_REPORT_SECONDS = 10.0  # at least, between two lines of `report_if_due`
+_REPORT_SECONDS = 10.0  # minimum time between two lines of `report_if_due`
 
 
 def format_duration(seconds: float) -> str:
@@ -116,8 +116,8 @@ class MetricWriter:
 def truncate_metrics(file: AnyPath, last_step: int) -> str:
     """Deletes the lines of steps after `last_step`; returns the remaining text.
 
-    A killed run wrote them after its last checkpoint. Also deletes an unfinished last line and,
-    with a warning, lines without a record.
+    A killed run wrote them after its last checkpoint. An unfinished last line is deleted too. Lines
+    without a record are deleted with a warning.
     """
     from pemoe_jax.runtime import atomic_write
 
@@ -161,7 +161,7 @@ def best_step(file: AnyPath, metric: str, steps: Collection[int]) -> tuple[int, 
 
 
 def parse_metrics(line: str) -> dict[str, Any]:
-    """Parses a line of `metrics.jsonl`: an integer 'step', numbers and texts; {} for others."""
+    """Parses a line of `metrics.jsonl`, a record with an integer 'step'; {} for any other line."""
     try:
         row = file_io.parse_json(line)
     except ValueError:

@@ -1,6 +1,6 @@
-"""Writes `run.json` of an output folder, which describes its command and how the command ended.
+"""Writes `run.json`, which describes the command that fills an output folder, and how it ended.
 
-The status is 'running' from the start of the work, and stays so if the process is killed.
+Its `status` is 'running' from the start of the work, and stays so if the process is killed.
 """
 
 import calendar
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 NAME = "run.json"
 _TIME_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 _MAX_EARLIER = 100
-# Fields that are kept of earlier commands.
+# Fields of earlier commands that are kept.
 _EARLIER_FIELDS = ("status", "reason", "start", "end", "host", "process")
 
-# The command of this process: its folder, the content of its file, and whether it replaced a file.
+# This process's command: its folder, the content of `run.json`, and whether it replaced another.
 _current: "tuple[AnyPath, dict[str, Any], bool] | None" = None
 
 
 def begin(folder: "AnyPath", **facts: object) -> None:
-    """Writes the file of a command that starts to write to a folder.
+    """Writes `run.json` for a command that starts to write to a folder.
 
     Its field `earlier` lists the last 100 commands that wrote to the folder before.
 
@@ -77,7 +77,8 @@ def begin(folder: "AnyPath", **facts: object) -> None:
 def finish(status: str, reason: str, **facts: object) -> None:
     """Writes how the command ended; a no-op if it has not begun, or has finished.
 
-    If the command failed before it wrote another file, `run.json` is deleted.
+    If the command failed before it wrote another file, `run.json` is deleted, unless it replaced
+    that of an earlier command.
 
     Args:
       status: 'finished', 'stopped' (the same command resumes) or 'failed'.
@@ -109,7 +110,10 @@ def now() -> str:
 
 
 def _commit() -> str | None:
-    """Returns the commit of the package's clone, with '-dirty' if files differ; None: no clone."""
+    """Returns the commit of the package's clone, with '-dirty' if files differ.
+
+    None if the package is not in a clone, or git fails.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -33,6 +33,6 @@ def add_cache_dirs(folders: Iterable[str]) -> None:
         added.append(folder)
     # Added after the loop, so that no folder is added if one of them is wrong.
     additional_cache_dirs.extend(f for f in added if f not in additional_cache_dirs)
-    # If seqio is imported already, it needs them now. Importing it here would take about 5 s.
+    # If seqio is imported already, the folders are passed to it here. Its import takes about 5 s.
     if "seqio" in sys.modules:
         sys.modules["seqio"].add_global_cache_dirs(additional_cache_dirs)

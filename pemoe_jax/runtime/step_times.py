@@ -57,7 +57,7 @@ class StepTimer:
         return seconds
 
     def _end_finished_steps(self) -> None:
-        # Called whenever there is an occasion: a step whose end is noticed late looks longer.
+        # Called as often as possible, because a step whose end is noticed late looks longer.
         while self._running and all(array.is_ready() for array in self._running[0][1]):
             self._end_first_step()
 
@@ -68,7 +68,7 @@ class StepTimer:
 
 
 def describe_devices(devices: Sequence[jax.Device]) -> str:
-    """Returns the number and kind of devices, such as '8 × TPU v4'; for a CPU also its cores."""
+    """Returns 'TPU v4' or '8 × TPU v4'; for a CPU, the processor's name and number of cores."""
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
         kind = f"{_processor_name()}, {_count_cores()} cores"
@@ -90,7 +90,7 @@ def _count_cores() -> int:
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> int:
-    """Returns the most bytes that a device has had in use; on a CPU, the whole process."""
+    """Returns the most bytes that a device has had in use; on a CPU, the process's. 0: unknown."""
     if devices[0].platform == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024)  # macOS reports bytes, Linux KiB

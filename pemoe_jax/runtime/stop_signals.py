@@ -32,7 +32,8 @@ class StopSignals:
         self._previous: dict[signal.Signals, Any] = {}
 
     def install(self) -> None:
-        """Replaces the process's handlers; a no-op outside of the main thread, which alone may."""
+        """Replaces the process's handlers; a no-op in other threads than the main one."""
+        # Python lets only the main thread set handlers.
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _HANDLED:

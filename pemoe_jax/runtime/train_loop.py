@@ -212,7 +212,10 @@ class TrainLoop:
         bar: progress.Progress,
         is_first: bool,
     ) -> list[float]:
-        """Reports the steps since the last report; returns the loss per token of each of them.
+        """Reports the steps since the last report.
+
+        Returns:
+          The loss per token of each step that was not skipped.
 
         Raises:
           InputError: a step is not finite, or too many steps in a row are skipped.
@@ -279,7 +282,7 @@ class TrainLoop:
         raise InputError(f"{source} is the first that is not finite, at step {step}")
 
     def _first_damaged_router(self, rows: Mapping[str, np.ndarray]) -> str | None:
-        """Returns the first router of a forward pass whose statistics are not finite."""
+        """Returns the router whose statistics are the first in a forward pass to be not finite."""
         is_finite = np.isfinite(rows["routers"]).all(axis=-1)
         paths = np.array(steps.router_paths(self.model))[~is_finite].tolist()
 
@@ -326,14 +329,14 @@ def _describe_batch(arrays: Mapping[str, jax.Array]) -> str:
 
 
 class LossTrend:
-    """Warns once, after the first tenth of a run, if its loss has not fallen.
+    """Warns once, after a tenth of a run but not before 50 steps, if its loss has not fallen.
 
-    The tenth has at least 50 steps. In fewer steps, the noise of small batches hides what a run
-    with the default learning rate has learned since its warm-up.
+    In fewer steps, the noise of small batches hides what a run with the default learning rate has
+    learned since its warm-up.
     """
 
     def __init__(self, first_step: int, total_steps: int) -> None:
-        self._last = max(total_steps // 10, 50)
+        self._check_step = max(total_steps // 10, 50)
         # None: nothing is left to check, or the run has resumed.
         self._losses: list[float] | None = None if first_step else []
 
@@ -342,7 +345,7 @@ class LossTrend:
         if self._losses is None:
             return None
         self._losses += losses
-        if step < self._last:
+        if step < self._check_step:
             return None
         start, end, has_fallen = summarize_trend(self._losses)
         self._losses = None
@@ -357,16 +360,16 @@ class LossTrend:
 def summarize_trend(losses: Sequence[float]) -> tuple[float, float, bool]:
     """Returns the medians of the first and the last third, and whether the loss has fallen.
 
-    The loss has fallen if the medians differ by more than 1 % and by more than two standard errors
-    of their difference. The noise of a step is estimated from the differences between neighbors,
-    which a trend hardly changes.
+    The loss has fallen if the second median is lower by more than 1 % and by more than two standard
+    errors of the difference. The noise of a step is estimated from the differences between
+    neighboring steps, which a trend hardly changes.
     """
     array = np.asarray(losses, float)
     third = len(array) // 3
     start, end = float(np.median(array[:third])), float(np.median(array[-third:]))
-    # In normal noise, the standard deviation is 1.48 times the median absolute deviation, that of
-    # the differences of neighbors is √2 times that of the losses, and the standard error of a
-    # median is 1.25 times that of a mean.
+    # For normal noise: the standard deviation is 1.48 times the median absolute deviation. That of
+    # the differences of neighbors is √2 times that of the losses. The standard error of a median is
+    # 1.25 times that of a mean.
     noise = 1.48 * float(np.median(np.abs(np.diff(array)))) / math.sqrt(2)
     error = 1.25 * noise * math.sqrt(2 / third)
     return start, end, start - end > max(0.01 * start, 2 * error)
@@ -391,11 +394,11 @@ class _Summary(NamedTuple):
 
     Attributes:
       scalars: mean metrics, and speeds.
-      router_rows: means of the metrics in `steps.ROUTER_ROWS`. Without skipped steps, if a step is
-        not finite, they are those of this step, because all routers are damaged after it.
-      losses: loss per token of each step.
-      damage: the step that ends the run, if there is one. Without skipped steps, it is the first
-        that is not finite.
+      router_rows: means of the metrics in `steps.ROUTER_ROWS`. If a step ends the run, they are the
+        metrics of that step, because all routers are damaged after it.
+      losses: loss per token of each step that was not skipped.
+      damage: the step that ends the run: the first that is not finite, or with NONFINITE 'skip' the
+        first beyond MAX_SKIPPED_STEPS in a row. None if the run continues.
     """
 
     scalars: dict[str, float]
@@ -423,15 +426,15 @@ class _Window:
       max_skipped: number of steps in a row that may be skipped; 0: no steps are skipped.
 
     Attributes:
-      start: time at which the first step began, plus the time of evaluations and saves since then.
+      start: time at which the window began, plus the time of evaluations and saves since then.
       waited: seconds in which the devices were idle, because the next batch was not ready.
       timer: measures the steps.
-      texts: the devices and the batch that the step times are of, under the keys of `step_times`.
+      texts: descriptions of the devices and the batch, under the keys of `step_times`.
     """
 
     def __init__(self, max_skipped: int = 0) -> None:
         self._max_skipped = max_skipped
-        self._in_row = 0  # steps in a row that are not finite, up to the last one checked
+        self._num_nonfinite = 0  # steps in a row that are not finite, up to the last one checked
         self._num_checked = 0
         self._steps: list[tuple[int, steps.Metrics, int]] = []  # step, metrics, number of tokens
         self.start, self.waited = time.monotonic(), 0.0
@@ -444,26 +447,26 @@ class _Window:
         self.timer.add(dispatch_time, metrics)
 
     def has_failed_before_last(self) -> bool:
-        """Whether too many steps in a row are not finite, among those before the last step.
+        """Whether a step before the last one ends the run, because it is not finite.
 
-        These have ended (`timer.wait`), so their losses can be read while the last step runs. The
-        last step is not read even if it has ended too: all processes must stop at the same step,
-        but may differ in whether their next batch is ready.
+        The steps before the last have ended (`timer.wait`), so their losses can be read while the
+        last step runs. The last step is not read even if it has ended too: all processes must stop
+        at the same step, but may differ in whether their next batch is ready.
         """
         return self._check(self._steps[:-1]) is not None
 
     def _check(self, ended: Sequence[tuple[int, Mapping[str, Any], int]]) -> _Damage | None:
-        """Checks the steps that are not checked yet; returns the one that ends the run, or None."""
+        """Checks the steps that are not checked yet; returns the one that ends the run, if any."""
         for index, (step, metrics, _) in enumerate(ended):
             if index < self._num_checked:
                 continue
             damage = _nonfinite_metric(metrics)
             if damage is None:
-                self._in_row = 0
-            elif self._in_row == self._max_skipped:
+                self._num_nonfinite = 0
+            elif self._num_nonfinite == self._max_skipped:
                 return _Damage(step, *damage)
             else:
-                self._in_row += 1
+                self._num_nonfinite += 1
             self._num_checked = index + 1
         return None
 

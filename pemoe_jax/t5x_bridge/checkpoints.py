@@ -17,7 +17,7 @@ from pemoe_jax.t5x_bridge import parameters
 def checkpoint_path(path: str | Sequence[str]) -> str | list[str]:
     """Returns CHECKPOINT_PATH in the form that T5X expects: <path>/checkpoint_<step>.
 
-    An adapter or a base model has no such folder: `Checkpoints` then reads its parent.
+    An adapter or a base model has no such folder: `Checkpoints` removes the last part again.
 
     Args:
       path: a run (for its newest checkpoint), a checkpoint, an adapter or a base model, or several.

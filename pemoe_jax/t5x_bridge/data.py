@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pemoe_jax.data.prefetch import PrefetchIterator
 
 # Number of steps that a checkpoint may lag behind the batches that were read. T5X takes one batch
-# before the first step, and its trainer takes one for each step.
+# before the first step, and its trainer takes one for each step, so a lag of 1 is usual.
 _MAX_LAG = 16
 
 Batch: TypeAlias = dict[str, np.ndarray]
@@ -81,7 +81,7 @@ def get_dataset(
     Args:
       cfg: T5X's DatasetConfig.
       shard_id, num_shards: the part of each batch that this process reads.
-      feature_converter_cls: ignored; the layout is that of seqio's EncDecFeatureConverter.
+      feature_converter_cls: ignored; batches are laid out as by seqio's EncDecFeatureConverter.
       num_epochs: number of passes over the data; None: unlimited.
       continue_from_last_checkpoint: ignored; checkpoints hold the position in the data.
 
@@ -145,7 +145,7 @@ class Batches(dataset_iterator.DatasetIterator):
 
     def _restart(self, step: int, position: Position | None) -> None:
         self._first_step, self._start = step, position
-        # Step -> position, of the last steps: `save` writes an earlier one than the newest.
+        # Step -> position, for the last steps: `save` writes the position of an earlier step.
         self._newest = step
         self._positions: dict[int, Position | None] = {step: position or {"examples": 0}}
         self._batches: PrefetchIterator[Batch] | None = None

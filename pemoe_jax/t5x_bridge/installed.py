@@ -67,7 +67,7 @@ def problems() -> list[str]:
         f"missing: {name}: pip install --no-deps '{_requirement(name)}' ({_INSTALL})"
         for name in filter(_is_missing, COMMITS)
     ]
-    # Only of a complete installation: otherwise each import would report a missing package again.
+    # Imports are tried only if nothing is missing: they would report the same packages again.
     return lines or _import_problems()
 
 
@@ -92,7 +92,7 @@ def _import_problems() -> list[str]:
 
 
 def notes() -> list[str]:
-    """Returns a line for each known difference from the tested installation; it may be harmless."""
+    """Returns a line for each known, possibly harmless difference from the tested installation."""
     lines = []
     for name, (_, tested) in COMMITS.items():
         commit = _commit(name)

@@ -25,7 +25,7 @@ Batch: TypeAlias = Mapping[str, jax.Array]
 
 
 class EncoderDecoderModel(models.EncoderDecoderModel):
-    """T5X's model; its loss adds the routers' losses, and frozen parameters get no gradient.
+    """T5X's model, with the routers' losses in its loss and no gradients of frozen parameters.
 
     Args:
       module: the network.
@@ -175,8 +175,8 @@ def _segments(batch: Batch) -> dict[str, jax.Array]:
 def _router_metrics(
     paths: Sequence[str], rows: Mapping[str, jax.Array], detail: str
 ) -> dict[str, clu_metrics.Metric]:
-    """Returns `steps.summarize_routers` of traced statistics, under `router/`."""
-    # Not T5X's AveragePerStep, which adds up the values of a step's microbatches.
+    """Returns the metrics of `steps.summarize_routers`, with `router/` in front of their names."""
+    # Not T5X's AveragePerStep, which would add up the values of a step's microbatches.
     return {
         f"router/{name}": clu_metrics.Average(total=value, count=jnp.ones(()))
         for name, value in steps.summarize_routers(paths, rows, detail).items()

@@ -35,10 +35,10 @@ class FrozenBase(optimizers.OptaxWrapper):
         return self._optimizer(lambda _: learning_rate, param_axes=self._param_axes)
 
     def set_param_axes(self, param_logical_axes: PyTree) -> None:
-        """Sets the names of the parameters' axes; T5X calls it before it creates a state."""
+        """Sets the names of the parameters' axes; T5X calls this before it creates a state."""
         axes = params_lib.flatten(param_logical_axes)
         self._param_axes = {path: tuple(names) for path, names in axes.items()}
-        # It creates the initial states, which do not depend on the learning rate.
+        # This optimizer creates the initial states, which do not depend on the learning rate.
         self.optax_optimizer = self._make(jnp.zeros(()))
 
     def init_state(self, params: Params) -> optimizers.OptimizerState:

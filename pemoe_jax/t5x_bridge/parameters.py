@@ -25,7 +25,7 @@ def shardings(mesh: jax.sharding.Mesh, specs: Params) -> Shardings:
 def read_model(
     module: network.Transformer, path: str, base_path: str | None, param_shardings: Shardings
 ) -> tuple[FrozenDict, int]:
-    """Returns all parameters of a model and its step; frozen ones have the activations' dtype.
+    """Returns all parameters of a model, the frozen ones in the activations' dtype, and its step.
 
     Args:
       module: the network that the model must have.

@@ -1,4 +1,4 @@
-"""Shardings in T5X by the axis rules of `core.partitioning`, those of `pemoe train`."""
+"""Makes T5X shard arrays by the axis rules of `pemoe train` (`core.partitioning`)."""
 
 import jax
 from jax.sharding import PartitionSpec

@@ -99,8 +99,8 @@ class TrainStateInitializer(utils.TrainStateInitializer):
       mixture_or_task_name: name of the training data, for tables.
 
     Raises:
-      InputError: `optimizer_def` is None, or MODEL_DIR is a pattern; when parameters are read:
-        `model_dir` holds a run with other settings.
+      InputError: `optimizer_def` is None, or MODEL_DIR has a character of shell patterns; later,
+        when parameters are read: `model_dir` holds a run with other settings.
     """
 
     global_train_state_shape: PyTree
@@ -144,7 +144,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         del init_rng  # parameters depend on the model's seed
         base = self._read_base(is_resumed=False)
         adapter_params = self._draw(self._shardings.keys() - base.keys())
-        # Compiled with the states' shardings: created eagerly, they would be replicated first.
+        # Compiled with the states' shardings. Created eagerly, states would be replicated first.
         create = self._partitioner.partition(
             self._first_state,
             in_axis_resources=(self.train_state_axes.params,),
@@ -167,7 +167,7 @@ class TrainStateInitializer(utils.TrainStateInitializer):
         """Reads the base model, and writes the record of a new run or checks a resumed run's.
 
         Args:
-          is_resumed: whether the run has a record.
+          is_resumed: whether the run resumes, and so has a record.
 
         Returns:
           path -> array of the base's parameters.
