@@ -120,7 +120,8 @@ def train(
     base_path = checkpointing.initial_checkpoint_path
     _check_references(model, optimizer, schedule)
     initial = initial_run.open_initial_run(base_path)
-    # Without `opened`, the initial run trained a whole model, which serves as a base.
+    # The initial run is an earlier run at INITIAL_CHECKPOINT_PATH. If it trained a whole model, its
+    # `opened` is None, and it serves as a base.
     if initial is None or initial.opened is None:
         model = new_run.take_base_dimensions(model, base_path, checkpointing.upcycle_noise)
     else:

@@ -14,10 +14,10 @@ MAX_AGE_DAYS = 30
 def enable(environment: MutableMapping[str, str] = os.environ) -> None:
     """Turns the cache on by JAX's variables in `environment`; call it before jax is imported.
 
-    JAX_COMPILATION_CACHE_DIR selects another folder; if it is empty, the cache stays off. If the
-    folder is not writable, a warning is printed and nothing is cached. JAX's cache keys include its
-    version and the CPU's features, so different machines can share a home directory. Several
-    processes may fill the folder at the same time.
+    JAX_COMPILATION_CACHE_DIR selects another folder than the default one; if it is empty, the cache
+    stays off. If the default folder is not writable, a warning is printed and nothing is cached.
+    JAX's cache keys include its version and the CPU's features, so different machines can share a
+    home directory. Several processes may fill the folder at the same time.
     """
     if CACHE_DIR_VARIABLE not in environment:
         try:

@@ -45,7 +45,7 @@ def initialize() -> None:
     its errors to stderr.
 
     Raises:
-      InputError: only some of the three variables are set, or one is not a number.
+      InputError: only some of the three variables are set, or one is not a number in its range.
     """
     arguments = _jax_arguments(os.environ)
     if arguments is None or _is_initialized():  # one process may run several commands

@@ -286,7 +286,7 @@ def read_range(
 def parse_json(
     text: str | bytes, object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None
 ) -> Any:
-    """Returns the value of a JSON text; for every JSON text that users can change.
+    """Returns the value of a JSON text. Every file that a user may pass is parsed by this function.
 
     Raises:
       ValueError: the text is not JSON in UTF-8, is nested too deeply, or has an integer of more

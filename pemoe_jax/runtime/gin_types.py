@@ -56,7 +56,8 @@ def check_texts(bindings: Bindings) -> None:
 def check_bindings(optional_macros: Collection[str] = ()) -> None:
     """Checks every value of the parsed gin configuration.
 
-    A reference is checked by its class, or by the return annotation of its function.
+    For a reference to a function, the function's return annotation is checked; for a reference to a
+    class, the class.
 
     Args:
       optional_macros: macros that may be None whatever their type, because gin files need not set
@@ -91,7 +92,7 @@ def check_bindings(optional_macros: Collection[str] = ()) -> None:
 
 
 def _leaves(value: object) -> Iterator[Any]:
-    """Yields the keys and values in nested lists and dicts; a value that is neither, itself."""
+    """Yields the keys and values in nested lists and dicts, or the value if it is neither."""
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set)):

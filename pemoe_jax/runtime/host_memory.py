@@ -23,8 +23,8 @@ _CODEGEN_SPLIT_FLAG, _MAX_CODEGEN_SPLITS = "--xla_cpu_parallel_codegen_split_cou
 def configure(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Configures XLA and glibc for steps on the CPU; must be called before jax is imported.
 
-    Adds to XLA_FLAGS in `environment`, unless the user has set the flag. A no-op on machines with
-    accelerators, which have memory of their own.
+    Adds a flag to XLA_FLAGS in `environment`, unless the user has set it. A no-op outside of Linux,
+    and on machines with accelerators, which have memory of their own.
 
     Returns:
       Whether freed memory is kept for reuse, which needs glibc.

@@ -90,7 +90,10 @@ def _count_cores() -> int:
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> int:
-    """Returns the most bytes that a device has had in use; on a CPU, the process's. 0: unknown."""
+    """Returns the most bytes that a device has had in use; on a CPU, those of the whole process.
+
+    Returns 0 if the devices have no such statistic.
+    """
     if devices[0].platform == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak * (1 if sys.platform == "darwin" else 1024)  # macOS reports bytes, Linux KiB

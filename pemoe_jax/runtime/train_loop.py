@@ -282,7 +282,10 @@ class TrainLoop:
         raise InputError(f"{source} is the first that is not finite, at step {step}")
 
     def _first_damaged_router(self, rows: Mapping[str, np.ndarray]) -> str | None:
-        """Returns the router whose statistics are the first in a forward pass to be not finite."""
+        """Returns the first router, in the order of a forward pass, with damaged statistics.
+
+        None if the statistics of all routers are finite.
+        """
         is_finite = np.isfinite(rows["routers"]).all(axis=-1)
         paths = np.array(steps.router_paths(self.model))[~is_finite].tolist()
 

@@ -86,7 +86,8 @@ def get_dataset(
       continue_from_last_checkpoint: ignored; checkpoints hold the position in the data.
 
     Raises:
-      InputError: the data or its settings are wrong; raised with the first batch.
+      InputError: the lengths are wrong. Errors in the data or other settings are raised with the
+        first batch.
     """
     del feature_converter_cls, continue_from_last_checkpoint
     lengths = seqio_tasks.validate_lengths(cfg.task_feature_lengths)

@@ -39,8 +39,8 @@ class EncoderDecoderModel(models.EncoderDecoderModel):
         loss_normalizing_factor, decode_fn, default_decoder_params, feature_converter_cls.
 
     Raises:
-      InputError: a router reads sentence embeddings, which T5X's batches do not contain, or the
-        vocabulary has more ids than the network.
+      InputError: `router_metrics` is unknown, a router reads sentence embeddings, which T5X's
+        batches do not contain, or the vocabulary has more ids than the network.
     """
 
     def __init__(

@@ -92,13 +92,14 @@ def last_line(log: Path) -> str:
 
 
 def describe_exit(code: int, log: Path) -> str:
-    """Returns an exit code in words, with the error at the end of the log."""
+    """Describes an exit code that is not 0, with the last line of the log, which has the error."""
     if code < 0:
         name = signal.Signals(-code).name
         # The kernel's out-of-memory killer sends SIGKILL and leaves no message in the log.
         hint = ", often for lack of memory" if code == -signal.SIGKILL else ""
         return f"ended by {name}{hint}"
-    return f"exit code {code}: {last_line(log)}"
+    line = last_line(log)
+    return f"exit code {code}: {line}" if line else f"exit code {code}"
 
 
 def split_cores(jobs: int) -> list[list[int]]:
