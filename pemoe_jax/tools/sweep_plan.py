@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pemoe_jax.core.errors import InputError, first_line
 from pemoe_jax.runtime import file_io, gin_flags
@@ -63,6 +63,28 @@ class Run:
         """Returns (command, flags) in the order in which they run."""
         train: list[tuple[Command, list[str]]] = [("train", self.train_flags)]
         return [*(train if self.train_flags else []), ("evaluate", self.evaluate_flags)]
+
+
+class _Experiment(NamedTuple):
+    """An experiment of the command line, split into its parts.
+
+    Attributes:
+      text: the argument, for errors.
+      name: value of NAME, or a name made of the files and settings.
+      files, settings: flags of its gin files and settings, without those of the sweep.
+      seeds: a run is made for each.
+      initial: name of the experiment that FROM names; None without FROM.
+      direct: with FROM, name of an earlier experiment with the same files and settings but without
+        FROM; None if there is none.
+    """
+
+    text: str
+    name: str
+    files: list[str]
+    settings: list[str]
+    seeds: list[int]
+    initial: str | None
+    direct: str | None
 
 
 def resolve_base(path: str | None) -> str | None:
@@ -143,58 +165,43 @@ def plan_runs(
 
     runs: list[Run] = []
     bases: dict[str, None] = {}  # an ordered set
-    values: dict[str, str] = {}  # experiment -> the value that its best() has in this plan
-    names: dict[str, str] = {}  # files and settings of an experiment -> its name
-    for experiment in args.experiments:
-        files, settings = _split_experiment(experiment)
-        _check_not_reserved(settings, experiment)
-        settings, choice = sweep_choices.split_choice(settings, experiment)
-        settings, seeds = _split_seeds(settings, args.seeds)
-        name, settings = _split_name(files, settings)
-        names[_describe_experiment(files, settings)] = name
-        settings, from_name = _split_from(settings, experiment)
-        # Name of the same experiment without FROM, if the sweep has it before this one.
-        direct_name = names.get(_describe_experiment(files, settings))
-        if choice is not None:
-            if choice.values:
-                values[name] = (chosen or {}).get(name, choice.values[0])
-            if (choice.source or name) not in values:
-                raise InputError(
-                    f"{experiment}: best_of() must name an experiment with best() before this one"
-                    f" ({', '.join(values) or 'none'}), got {choice.source!r}"
-                )
-            settings.append(f"--gin.{choice.setting}={values[choice.source or name]}")
-        files += [f"--gin_file={file}" for file in args.gin_file]
+    for experiment in _resolve_experiments(args.experiments, args.seeds, chosen or {}):
+        files = [*experiment.files, *(f"--gin_file={file}" for file in args.gin_file)]
         data_settings = [
-            f for f in settings if _binding_name(f.removeprefix("--gin.")) in data_macros
+            flag
+            for flag in experiment.settings
+            if _binding_name(flag.removeprefix("--gin.")) in data_macros
         ]
-        experiment_flags = [*files, *shared, *train_bindings, *settings]
-        for seed in seeds:
-            folder = _folder(args.output, name, seed)
+        experiment_flags = [*files, *shared, *train_bindings, *experiment.settings]
+        for seed in experiment.seeds:
+            folder = _folder(args.output, experiment.name, seed)
             by_folder = {run.folder: run for run in runs}
             # `_describe_experiment` replaces characters, so two experiments may get the same name.
             if folder in by_folder:
-                raise InputError(f"{experiment}: another experiment has the name {name}")
+                raise InputError(
+                    f"{experiment.text}: another experiment has the name {experiment.name}"
+                )
             flags = [*experiment_flags, f"--gin.SEED={seed}", f"--gin.MODEL_DIR={folder}"]
             initial = direct = None
-            if from_name is not None:
-                initial = _folder(args.output, from_name, seed)
+            if experiment.initial is not None:
+                initial = _folder(args.output, experiment.initial, seed)
                 if initial not in by_folder:
                     earlier = dict.fromkeys(path.name.rpartition("-seed")[0] for path in by_folder)
                     raise InputError(
-                        f"{experiment}: FROM must name an experiment before this one"
-                        f" ({', '.join(earlier) or 'none'}), got {from_name!r}"
+                        f"{experiment.text}: FROM must name an experiment before this one"
+                        f" ({', '.join(earlier) or 'none'}), got {experiment.initial!r}"
                     )
                 flags.append(f"--gin.INITIAL_CHECKPOINT_PATH={initial}")
-                direct = None if direct_name is None else _folder(args.output, direct_name, seed)
-            train_settings = _parse_settings("train", flags, experiment)
+                if experiment.direct is not None:
+                    direct = _folder(args.output, experiment.direct, seed)
+            train_settings = _parse_settings("train", flags, experiment.text)
             if initial is not None:
                 # The initial run is compared by its settings, and not by its path, since the output
                 # folder may be moved.
                 fingerprint = run_settings.fingerprint(by_folder[initial].train_settings)
-                text = f"the run of {from_name} with settings {fingerprint}"
+                text = f"the run of {experiment.initial} with settings {fingerprint}"
                 train_settings["INITIAL_CHECKPOINT_PATH"] = text
-            elif (base := _parsed_base(experiment)) is not None:
+            elif (base := _parsed_base(experiment.text)) is not None:
                 bases[base] = None
             scoring_flags = [*evaluate_flags, *data_settings, f"--gin.CHECKPOINT_PATH={folder}"]
             run = _make_run(folder, flags, train_settings, scoring_flags)
@@ -207,6 +214,44 @@ def plan_runs(
         base_runs.append(_make_run(folder, [], {"base": base}, flags))
     # Bases first, so that a mistake in --evaluate shows before hours of training.
     return base_runs + runs
+
+
+def _resolve_experiments(
+    texts: Sequence[str], default_seeds: str, chosen: Mapping[str, str]
+) -> list[_Experiment]:
+    """Splits the texts of experiments, and replaces best() and best_of() by values.
+
+    Args:
+      texts: the experiments of the command line, in order.
+      default_seeds: text of --seeds, for experiments without SEEDS.
+      chosen: name of an experiment -> value of its best(); by default the first value.
+
+    Raises:
+      InputError: a text is wrong, or best_of() names no experiment with best() before its own.
+    """
+    experiments = []
+    values: dict[str, str] = {}  # name of an experiment -> the value that its best() has
+    names: dict[str, str] = {}  # files and settings of an experiment -> its name
+    for text in texts:
+        files, settings = _split_experiment(text)
+        _check_not_reserved(settings, text)
+        settings, choice = sweep_choices.split_choice(settings, text)
+        settings, seeds = _split_seeds(settings, default_seeds)
+        name, settings = _split_name(files, settings)
+        names[_describe_experiment(files, settings)] = name
+        settings, initial = _split_from(settings, text)
+        direct = names.get(_describe_experiment(files, settings))  # now without FROM
+        if choice is not None:
+            if choice.values:
+                values[name] = chosen.get(name, choice.values[0])
+            if (choice.source or name) not in values:
+                raise InputError(
+                    f"{text}: best_of() must name an experiment with best() before this one"
+                    f" ({', '.join(values) or 'none'}), got {choice.source!r}"
+                )
+            settings.append(f"--gin.{choice.setting}={values[choice.source or name]}")
+        experiments.append(_Experiment(text, name, files, settings, seeds, initial, direct))
+    return experiments
 
 
 def _check_not_reserved(settings: Sequence[str], where: str = "") -> None:
