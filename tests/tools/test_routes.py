@@ -164,8 +164,8 @@ def test_page_of_a_sparse_model(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("checkpoint", "flags", "message"),
     [
-        ("base.safetensors", [], r"expected a run of mov, .*, got a run of none"),
-        ("ia3", [], r"expected a run of mov, .*, got a run of ia3"),
+        ("base.safetensors", [], r"expected mov, .* with routers, got none$"),
+        ("ia3", [], r"expected mov, .* with routers, got ia3$"),
         ("mov", ["--sites", "decoder/layers_1/mlp/gat"], r"mlp/gat' matches none of the 13"),
         (
             "mov",
