@@ -1,6 +1,7 @@
-"""Data sources as seqio tasks: P3, JSON lines, MMLU, BBH and pretraining.
+"""Registers data sources as seqio tasks: P3, JSON lines, MMLU, BBH and pretraining.
 
-The gin files of runs bind `register`, or `pretrain.register`.
+A run's gin file binds the function that the command calls for this: `register` in this module, or
+`pretrain.register`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,13 @@ __all__ = ["TaskRoles", "check_p3_paths", "default_vocab_path", "register"]
 # The names of T0's mixtures, for an error message. They are repeated here because importing `p3`,
 # which defines them, would register P3's tasks.
 _P3_MIXTURES = (
-    *("t0_train", "t0+_train", "t0++_train", "t0_train_one_og_prompt", "t0_train_all_og_prompts"),
-    *("t0_eval_score_eval", "t0_train_score_eval"),
+    "t0_train",
+    "t0+_train",
+    "t0++_train",
+    "t0_train_one_og_prompt",
+    "t0_train_all_og_prompts",
+    "t0_eval_score_eval",
+    "t0_train_score_eval",
 )
 
 
@@ -77,8 +83,8 @@ def register(
       The tasks by role; `TaskRoles()` if only a module is set.
 
     Raises:
-      InputError: no data or several folders are set, the module does not exist, or the `register`
-        of the folder's kind raises.
+      InputError: no data or several folders are set, a setting does not apply to the folder, the
+        module does not exist, or the `register` of the folder's kind raises.
     """
     if module is not None:
         _import_module(module)
@@ -88,17 +94,16 @@ def register(
     if all(setting is None for setting in other_data):
         p3_dir = p3_dir or os.environ.get("PEMOE_P3_DIR")
         only_caches = p3_dir is None and bool(seqio_cache_dirs.additional_cache_dirs)
-    folders = {
-        macro: folder
-        for macro, folder in (
-            *(("JSONL_DIR", jsonl_dir), ("P3_DIR", p3_dir)),
-            *(("MMLU_DIR", mmlu_dir), ("BBH_DIR", bbh_dir)),
-        )
-        if folder
+    settings = {
+        "JSONL_DIR": jsonl_dir,
+        "P3_DIR": p3_dir,
+        "MMLU_DIR": mmlu_dir,
+        "BBH_DIR": bbh_dir,
     }
+    folders = {macro: folder for macro, folder in settings.items() if folder}
     if len(folders) > 1:
-        settings = ", ".join(f"{macro}={folder!r}" for macro, folder in folders.items())
-        raise InputError(f"expected one folder of tasks, got {settings}")
+        several = ", ".join(f"{macro}={folder!r}" for macro, folder in folders.items())
+        raise InputError(f"expected one folder of tasks, got {several}")
     # The setting that chooses the kind of data; '' if only a module is set, or nothing.
     macro = next(iter(folders), "P3_DIR" if only_caches else "")
     if macro not in ("", "JSONL_DIR"):
@@ -113,7 +118,7 @@ def register(
         from pemoe_jax.tasks import p3
 
         return p3.register(p3_dir, vocab_path, eval_examples, inputs_eos)
-    # A run file may still name a mixture of data that is not set: its error says what to pass.
+    # A gin file may still name a mixture whose data is not set. The error then says what to pass.
     for name in _P3_MIXTURES:
         seqio_tasks.unavailable[name] = "it is a mixture of P3: pass P3_DIR instead of other data"
     if not macro:

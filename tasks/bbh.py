@@ -3,7 +3,7 @@
 The folder is the public one: `bbh/<task>.json` with {"examples": [{"input": str, "target": str}]},
 and `cot-prompts/<task>.txt`: a canary (a notice that keeps the file out of training data), a line
 `-----`, a description of the task, and solved examples `Q: … A: Let's think step by step. … So the
-answer is X.`. `register` adds two tasks for each of these files
+answer is X.`. `register` adds two seqio tasks for each `<task>`
 
 - `bbh_direct_<task>`: the shots are the solved examples without their reasoning;
 - `bbh_reasoning_<task>`: the shots have the reasoning, and the model reasons before it answers.
@@ -36,6 +36,7 @@ _INSTRUCTIONS = {"direct": "A:", "reasoning": f"A: {_REASONING}"}
 
 # The 23 tasks, which have equal weights in the mean, and the suffixes of their files' names. Two
 # tasks have a file for each number of objects.
+# (Tuples in the tuple, so that the formatter keeps several names on a line.)
 _OBJECTS = ("three_objects", "five_objects", "seven_objects")
 _FILE_SUFFIXES = {
     **dict.fromkeys(
@@ -94,7 +95,7 @@ def exact_match(targets: Sequence[str], predictions: Sequence[str]) -> dict[str,
 
 
 def read_examples(path: pathlib.Path, limit: int | None = None) -> list[tuple[str, str]]:
-    """Returns the input and target of the examples in a file of `bbh/`, or of the first `limit`.
+    """Returns (input, target) of each example in a file of `bbh/`, or of the first `limit`.
 
     All examples are checked, whatever the limit.
 
@@ -149,7 +150,7 @@ def read_prompt(path: pathlib.Path) -> Prompt:
 
 
 def _parse_solved_example(text: str, where: str) -> PromptExample:
-    """Parses 'Q: … A: Let's think step by step. …'; `where`, file and line, begins an error."""
+    """Parses 'Q: … A: Let's think step by step. …'; errors begin with `where` (file and line)."""
     parts = re.fullmatch(rf"Q:(.*?)\nA: {re.escape(_REASONING)}(.*)", text, re.DOTALL)
     if parts is None:
         raise InputError(f"{where}: expected a line 'A: {_REASONING} …' in the example, got none")
@@ -188,7 +189,8 @@ def register(
     Args:
       bbh_dir: the folder (BBH_DIR).
       vocab_path: see `load_vocabulary` (VOCAB_PATH).
-      eval_examples: use only the first examples of each task (EVAL_EXAMPLES).
+      eval_examples: maximum number of examples of each file, counted from the first
+        (EVAL_EXAMPLES); None: all.
 
     Raises:
       InputError: an argument or a file is wrong, or a task has no prompt.

@@ -23,8 +23,8 @@ import seqio  # noqa: E402
 import tensorflow as tf  # noqa: E402
 
 Pairs = Sequence[tuple[str, str]]  # input and target of each example
-# Every task has this split alone, because T5X's gin files evaluate it. The published name of the
-# split is in `TaskRoles.eval_splits`.
+# The only split of every task. It has this name because T5X's gin files evaluate `validation`. Its
+# published name is in `TaskRoles.eval_splits`.
 _SPLIT = "validation"
 _registered: list[str] = []  # tasks and mixtures in seqio's registries
 
@@ -43,7 +43,7 @@ class ShotsSource:
 
 
 class BenchmarkTask(TaskWithShots, seqio.Task):
-    """A seqio task with its own solved examples.
+    """A seqio task with solved examples that its benchmark prescribes.
 
     Attributes:
       extract_answer: function from a decoded text to the answer that the metric compares; None for

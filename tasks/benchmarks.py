@@ -21,7 +21,7 @@ class Benchmark:
     averaged first.
 
     Attributes:
-      name: its name in tables.
+      name: the benchmark's name in tables.
       noun: what a member is called, such as 'subject'.
       metric: name of the tasks' metric that is averaged.
       members: published name of each task -> its member. Tasks without data are included.

@@ -1,4 +1,7 @@
-"""Base classes of this package's seqio tasks and mixtures, whose streams start at any example.
+"""Base classes for the seqio tasks and mixtures of the folders JSONL_DIR and P3_DIR.
+
+They combine seqio's classes with the interfaces of `data.seekable_tasks`, and implement what the
+tasks of both folders have in common. `jsonl.source` and `p3.source` derive from them.
 
 Importing this module imports seqio, which takes about 5 s.
 """
@@ -18,7 +21,7 @@ import tensorflow as tf  # noqa: E402
 
 
 class FolderTask(SeekableTask, seqio.Task):
-    """A task that reads rows of a folder by index."""
+    """A task that reads the rows in a folder's files by index."""
 
     def get_dataset(
         self, *args: object, use_cached: bool = False, **kwargs: object
@@ -39,7 +42,7 @@ class FolderTask(SeekableTask, seqio.Task):
 
 
 class FolderMixture(SeekableMixture, seqio.Mixture):
-    """A mixture of `FolderTask`s that draws row indices and reads them in one pipeline.
+    """A mixture of `FolderTask`s that draws row indices and reads their rows in one pipeline.
 
     seqio's Mixture builds a pipeline for each task, which takes 0.1 s each. Examples and rates are
     the same here; their order is that of `data.order.ExampleOrder`.

@@ -1,6 +1,6 @@
-"""`LazyVocabulary`: a SentencePiece file that is read at its first use.
+"""`LazyVocabulary`, the seqio vocabulary that `vocabulary` makes of a SentencePiece file.
 
-Importing this module imports seqio, which takes about 5 s.
+It is in a module of its own because importing it imports seqio, which takes about 5 s.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import seqio  # noqa: E402
 class LazyVocabulary(seqio.SentencePieceVocabulary):
     """T5's or mT5's vocabulary, with sentinels added if the file has none.
 
-    The first use raises the errors of the file.
+    The file is read at the first use.
 
     Raises:
-      InputError: the file cannot be read, is not a SentencePiece model, or has other special ids
-        than T5's.
+      InputError: at the first use, if the file cannot be read, is not a SentencePiece model, or has
+        other special ids than T5's.
     """
 
     def __init__(self, path: str) -> None:

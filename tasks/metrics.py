@@ -161,13 +161,13 @@ def check_names(names: object, where: str) -> Sequence[str]:
 
 
 def metric_fns(names: Sequence[str]) -> list[MetricFn]:
-    """Returns the functions of metrics, each once; accuracy if no name has a function."""
+    """Returns the functions of metrics, each once; [accuracy] if none of them has a function."""
     fns = [fn for name in dict.fromkeys(names) if (fn := BY_NAME[name]) is not None]
     return fns or [accuracy]
 
 
 def add_metrics(task: str, names: Sequence[str]) -> None:
-    """Adds metrics of generated text to a registered seqio task, unless it has some."""
+    """Adds metrics of generated text to a registered seqio task, unless it has metrics already."""
     provider = seqio_tasks.get_mixture_or_task(task)
     if provider.predict_metric_fns or provider.metric_objs:
         return

@@ -27,6 +27,7 @@ LETTERS = ("A", "B", "C", "D")
 SPLITS = ("test", "val")
 
 # The areas by which MMLU's published code groups the subjects.
+# (Tuples in the tuple, so that the formatter keeps several names on a line.)
 _SUBJECTS_BY_AREA = {
     "STEM": (
         *("abstract_algebra", "astronomy", "college_biology", "college_chemistry"),
@@ -106,7 +107,7 @@ def read_questions(path: pathlib.Path, limit: int | None = None) -> list[Questio
 
 
 def _parse_question(row: Sequence[str], where: str) -> Question:
-    """Returns the question in a row; `where`, file and line, begins an error's message."""
+    """Returns the question in a row; errors begin with `where`, the row's file and line."""
     if len(row) != 6:
         raise InputError(
             f"{where}: expected 6 columns (question, A, B, C, D, answer), got {len(row)}"
@@ -145,7 +146,8 @@ def register(
     Args:
       mmlu_dir: the folder (MMLU_DIR).
       vocab_path: see `load_vocabulary` (VOCAB_PATH).
-      eval_examples: use only the first questions of each subject (EVAL_EXAMPLES).
+      eval_examples: maximum number of questions of each subject, counted from the first
+        (EVAL_EXAMPLES); None: all.
       split: 'test' or 'val' (MMLU_SPLIT).
 
     Raises:

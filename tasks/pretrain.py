@@ -81,8 +81,9 @@ def prefix_lm(
 ) -> tuple[list[int], list[int]]:
     """Splits a text in two.
 
-    A text of several sentences is split before the last one (probability 0.5), at the end of a
-    random one (0.25), or at a random token. A text of one sentence is split at a random token.
+    A text of several sentences is split before the last one (probability 0.5), after a random other
+    one (0.25), or before a random token (0.25). A text of one sentence is split before a random
+    token.
 
     Args:
       ids: a text of at least two tokens, without EOS.
@@ -151,8 +152,8 @@ def register(text_path: str | os.PathLike[str], vocab_path: str | os.PathLike[st
             " (pemoe_jax.tasks.quickstart.generate writes the quickstart's)"
         )
     vocabulary = load_vocabulary(vocab_path)
-    # Encoded after a letter, as in a text: `piece_to_id` would miss a mark whose token depends on
-    # what precedes it. The last token is that of the mark.
+    # Each mark is encoded after a letter, as in a text: `piece_to_id` would miss a mark whose token
+    # depends on what precedes it. The last token is the mark's.
     ends = [ids[-1] for ids in (vocabulary.encode(f"a{end}") for end in _SENTENCE_ENDS) if ids]
     sentinels = sentinel_ids(vocabulary)
     objectives: dict[str, Objective] = {

@@ -1,8 +1,8 @@
 """Names and metric of `_score_eval` tasks, which have a row for each answer choice of an example.
 
-This is P3's form. A row has `idx` (int32 [example, choice]), `is_correct` and `weight`, and its
-targets are the choice. A model scores every row, and the choice with the highest score is its
-answer to the example.
+P3 introduced this form of task. A row has `idx` (int32 [example, choice]), `is_correct` and
+`weight`, and its targets are the choice. A model scores every row, and the choice with the highest
+score is the model's answer to the example.
 """
 
 from __future__ import annotations

@@ -23,13 +23,13 @@ class TaskRoles:
       train_tasks: tasks to train on.
       eval_tasks: tasks to evaluate: `_score_eval` tasks, or BBH's tasks, which are decoded.
       train_score_tasks: `_score_eval` tasks of the training tasks.
-      eval_splits: task -> name of the split that its evaluation split is read from. Tasks without
-        an evaluation split are absent.
+      eval_splits: task -> the name that its evaluation split has in the data; it may be registered
+        as `validation`. Tasks without an evaluation split are absent.
       metrics: task -> names of its metrics of generated text (keys of `metrics.BY_NAME`), if the
         data names them.
       summary: lines that a run prints.
-      counted_odd_rows: task -> kinds of odd rows (keys of `row_checks.ODD_ROWS`) of its evaluation
-        split that the summary counts.
+      counted_odd_rows: task -> kinds (keys of `row_checks.ODD_ROWS`) of the odd rows in its
+        evaluation split that the summary counts. Odd rows are valid, but change what a score means.
       benchmarks: the benchmarks that the tasks belong to.
     """
 

@@ -1,4 +1,7 @@
-"""Tokenizers for the Python API, without seqio and TensorFlow; token ids are those of seqio."""
+"""Tokenizers for the Python API (`pemoe_jax.load_model`), without seqio and TensorFlow.
+
+Token ids are those of the seqio vocabularies that the commands use (`vocabulary`).
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ def _truncate_at_eos(ids: Iterable[int], eos_id: int) -> list[int]:
 
 
 class SentencePieceTokenizer:
-    """T5's or mT5's SentencePiece file; 100 sentinels are added if it has none.
+    """The tokenizer of T5's or mT5's SentencePiece file; if it has no sentinels, 100 are added.
 
     Raises:
       InputError: the file does not exist, is not a SentencePiece model, or its special ids are
@@ -139,14 +142,14 @@ class HuggingFaceTokenizer:
     """Adapts a tokenizer of transformers to `Tokenizer`.
 
     Raises:
-      InputError: the id of its padding is not 0, or it has no EOS.
+      InputError: the tokenizer's padding id is not 0, or it has no EOS.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         if tokenizer.pad_token_id != 0 or tokenizer.eos_token_id is None:
             raise InputError(
-                "vocabulary must be a tokenizer of T5, with padding at id 0 and an end token, got"
+                "vocabulary must be a tokenizer of T5, with pad_token_id 0 and an eos_token_id, got"
                 f" {type(tokenizer).__name__} with {tokenizer.pad_token_id} and"
                 f" {tokenizer.eos_token_id}"
             )
@@ -174,7 +177,10 @@ class HuggingFaceTokenizer:
 
 
 def open_tokenizer(vocabulary: object) -> Tokenizer:
-    """Returns the tokenizer of a SentencePiece file, 'bytes', or an object of transformers.
+    """Returns the tokenizer of a vocabulary.
+
+    Args:
+      vocabulary: path of a SentencePiece file, 'bytes' for ByT5, or a tokenizer of transformers.
 
     Raises:
       InputError: `vocabulary` is none of these; see also `SentencePieceTokenizer`.

@@ -1,4 +1,8 @@
-"""Loads and checks the vocabulary of a run (VOCAB_PATH)."""
+"""Loads and checks the seqio vocabulary of a command's tasks (VOCAB_PATH).
+
+`lazy_vocabulary` has the class of this vocabulary for SentencePiece files. The Python API does
+without seqio: it uses `tokenizer`, whose token ids are the same.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ if TYPE_CHECKING:
 
 T5_VOCAB_PATH = "gs://t5-data/vocabs/cc_all.32000.100extra/sentencepiece.model"
 BYTES = "bytes"  # VOCAB_PATH of ByT5's vocabulary, which has no file
-SENTINELS = 100  # sentinel tokens of span corruption
+SENTINELS = 100  # number of sentinels, T5's tokens that stand for spans in span corruption
 
 
 def default_vocab_path() -> str:

@@ -1,7 +1,8 @@
-"""Examples with answer choices, for rank classification.
+"""Reads examples with answer choices, for rank classification.
 
-They are read from `_score_eval` tasks, as P3 has them. Such a task has a row for each answer choice
-of an example, with `idx` ([example, choice]) and `is_correct`.
+The examples are those of `_score_eval` tasks, a form of task that P3 introduced. Such a task has a
+row for each answer choice of an example. The row's targets are the choice, its `idx` is [example,
+choice], and its `is_correct` says whether the choice is the right one.
 
 Shapes: `C` answer choices, `Li` and `Lt` lengths of inputs and targets, `S` embedding size.
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import seqio
 
 
-# Features of a row that differ between the choices of an example, and those that they share.
+# Features of a row that belong to its choice, and those that belong to its example.
 _CHOICE_KEYS = ("targets", "targets_pretokenized", "is_correct")
 _EXAMPLE_KEYS = ("inputs", "inputs_pretokenized", seqio_tasks.SENTENCE_FEATURE)
 
@@ -38,11 +39,11 @@ class ChoiceGroup:
     Attributes:
       task: name of the task.
       idx: index of the example in its split.
-      inputs: token ids, int32 [Li], ending in EOS.
-      choices: token ids of each choice, C times int32 [Lt], ending in EOS.
-      is_correct: whether each choice equals the target. Usually one does; several do if choices are
-        repeated, and none does if the target is not among them.
-      input_text, choice_texts: the texts that were tokenized.
+      inputs: token ids, int32 [Li], ending in EOS if the task's inputs do (T0's do not).
+      choices: token ids of each choice, C times int32 [Lt], ending in EOS if the targets do.
+      is_correct: whether each choice is the target. Usually one is; several are if choices are
+        repeated, and none is if the target is not among them.
+      input_text, choice_texts: the texts of the ids.
       input_truncated, target_truncated: whether the input, or any choice, was too long.
       sentence_embedding: [S], for routers that read it; None if there is none.
       num_shots: number of solved examples in front of the input; None in zero-shot evaluation.
@@ -86,12 +87,13 @@ def load_choice_groups(
     max_examples: int | None = None,
     use_cached: bool = False,
 ) -> list[ChoiceGroup]:
-    """Returns the examples of a `_score_eval` task, or of the tasks of a mixture in order.
+    """Returns the examples of a `_score_eval` task, or of a mixture's tasks, one after the other.
 
     Args:
-      name: the task or mixture. A `SeekableMixture` is read in one pipeline, which is much faster
-        than one pipeline for each task.
-      task_feature_lengths: lengths that 'inputs' and 'targets' are truncated to; their EOS is kept.
+      name: the task or mixture. Without `split` and `use_cached`, a `SeekableMixture` is read in
+        one pipeline, which is much faster than one pipeline for each task.
+      task_feature_lengths: lengths that 'inputs' and 'targets' are truncated to; an EOS at their
+        end is kept.
       split: the split; None: the evaluation split.
       max_examples: maximum number of examples of each task; None: all.
       use_cached: whether to read seqio's offline caches.
@@ -107,7 +109,7 @@ def load_choice_groups(
     longer = {key: length + 1 for key, length in lengths.items()}
     provider = seqio_tasks.get_mixture_or_task(name)
     tasks = seqio_tasks.subtask_names(name, use_cached)
-    # `starts` has the name of each task and the number of its first example in `idx`.
+    # `starts`: the name of each task in `ds`, and the number that `idx` has for its first example.
     if not isinstance(provider, seqio.Mixture):
         task_split = split or seqio_tasks.eval_split(name)
         if task_split not in provider.splits:
@@ -128,8 +130,9 @@ def load_choice_groups(
         return [group for task in tasks for group in load(task, lengths)]
     missing = [key for key in ("idx", "is_correct") if key not in ds.element_spec]
     if missing:
-        scored = f"{name}_score_eval"
-        hint = f"; did you mean {scored!r}?" if scored in seqio.TaskRegistry.names() else ""
+        score_task = f"{name}_score_eval"
+        is_registered = score_task in seqio.TaskRegistry.names()
+        hint = f"; did you mean {score_task!r}?" if is_registered else ""
         raise InputError(
             f"{name!r} has no answer choices to score (no feature {missing[0]!r}){hint}"
         )
@@ -148,13 +151,13 @@ def load_choice_groups(
 
 
 def _rows_by_example(rows: Iterable[Row], name: str) -> dict[int, dict[int, Row]]:
-    """Groups rows of a `_score_eval` task or mixture -> {example: {choice: row}}.
+    """Returns the rows of a `_score_eval` task or mixture as {example: {choice: row}}.
 
-    Only the row of an example that was read first has the features of the example.
+    Only the row that was read first of an example keeps the example's features (`_EXAMPLE_KEYS`).
 
     Raises:
-      InputError: a row has no valid `idx`, has that of another row, or has other inputs than the
-        example's first row.
+      InputError: a row has no valid `idx`, the same `idx` as another row, or other inputs than the
+        first row of its example.
     """
     # The rows may come in any order: seqio shuffles its caches, and a user's task need not have the
     # choices of an example next to each other.
@@ -170,7 +173,7 @@ def _rows_by_example(rows: Iterable[Row], name: str) -> dict[int, dict[int, Row]
         if not np.array_equal(row["inputs"], first["inputs"]):
             raise InputError(
                 f"{name}: row {count}: expected the same inputs for all choices of example"
-                f" {example} in 'idx', got others"
+                f" {example} (by 'idx'), got different ones"
             )
         # Inputs are much longer than choices, so they are kept once for each example.
         keys = _CHOICE_KEYS if earlier else (*_CHOICE_KEYS, *_EXAMPLE_KEYS)
@@ -179,7 +182,7 @@ def _rows_by_example(rows: Iterable[Row], name: str) -> dict[int, dict[int, Row]
 
 
 def _choice_index(row: Row, where: str) -> tuple[int, int]:
-    """Returns the numbers of a row's example and choice."""
+    """Returns `idx` of a row, (example, choice); `where` is the row's location, for errors."""
     fields = {key: np.asarray(row[key]) for key in ("idx", "is_correct")}
     values = {key: value.tolist() for key, value in fields.items()}
     example, choice = row_checks.check_choice_fields(values, where)["idx"]
@@ -193,7 +196,7 @@ def _make_group(
     provider: seqio.Task | seqio.Mixture,
     lengths: Mapping[str, int],
 ) -> ChoiceGroup:
-    """Makes the group of an example from its rows, {choice: row} (`_rows_by_example`)."""
+    """Makes an example's group from its rows, an item of `_rows_by_example`."""
     features = provider.output_features
     example = next(iter(choice_rows.values()))  # the first row, which has the inputs
     rows = [row for _, row in sorted(choice_rows.items())]
@@ -202,8 +205,8 @@ def _make_group(
         seqio_tasks.check_ids(features, row, f"{task}: example {idx + 1}", keys)
         if not np.any(row["targets"]):  # 0 is padding
             raise InputError(
-                f"{task}: example {idx + 1}: choice {choice}: expected a token in 'targets', got"
-                " none: its log-probability would be 0, above all others"
+                f"{task}: example {idx + 1}: choice {choice + 1}: expected a token in 'targets',"
+                " got none: its log-probability would be 0, above all others"
             )
     eos_ids = {key: features[key].vocabulary.eos_id for key in lengths}
     inputs, input_truncated = truncate(example["inputs"], lengths["inputs"], eos_ids["inputs"])
@@ -237,9 +240,9 @@ def truncate(ids: np.ndarray, length: int, eos_id: int) -> tuple[np.ndarray, boo
 
 
 def feature_text(features: Mapping[str, seqio.Feature], row: Row, key: str) -> str:
-    """Returns the text that a feature of a row was tokenized from."""
+    """Returns the text of a row's feature; decodes the ids if the row has no text."""
     text = row.get(f"{key}_pretokenized")
-    # Caches and rows of token ids may have no text or an empty one: then the ids are decoded.
+    # Some caches have no text, others an empty one, and rows of token ids have none.
     if text is None or (len(text) == 0 and len(row[key]) > 0):
         return str(features[key].vocabulary.decode([int(i) for i in row[key]]))
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)

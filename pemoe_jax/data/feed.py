@@ -59,7 +59,7 @@ def train_batches(
         None: never.
       use_cached: whether to read seqio's offline caches.
       shard: (index, count): reads every count-th example, from `index` on; `start` counts these.
-      sentences: source of the inputs' sentence embeddings; rows must not be packed.
+      sentences: source of the inputs' sentence embeddings; requires `pack=False`.
 
     Raises:
       InputError: an argument is wrong or the data cannot be read. As much as possible is checked
@@ -125,7 +125,7 @@ def eval_batches(
 
 
 def _feature_names(sentences: SentenceSource | None) -> Sequence[str]:
-    """Returns the features to read of each example."""
+    """Returns the names of the features that are read of each example."""
     reads_feature = sentences is not None and sentences.table is None
     return (*TEXT_FEATURES, SENTENCE_FEATURE) if reads_feature else TEXT_FEATURES
 
@@ -171,7 +171,7 @@ def _example_dataset(
 def _eval_dataset(
     name: str, lengths: Mapping[str, int], use_cached: bool, features: Sequence[str]
 ) -> tf.data.Dataset:
-    """Returns the examples of the evaluation splits; tasks take turns."""
+    """Returns `features` of the examples of the evaluation splits; tasks take turns."""
     import tensorflow as tf
 
     tasks = seqio_tasks.subtask_names(name, use_cached)
@@ -211,8 +211,8 @@ def _read_examples(
 ) -> Iterator[Example]:
     """Yields the examples of a dataset, with their sentence embeddings if there is a source.
 
-    Truncates the sequences (`choices.truncate`) and adds to `counts`. `start` is the index of the
-    first example. Errors number examples from 1.
+    Sequences are truncated (`choices.truncate`), and `counts` is updated. `start` is the index of
+    the first example, for errors, which number examples from 1.
 
     Raises:
       InputError: a token id is outside the vocabulary, or a sentence embedding is missing or not
@@ -259,7 +259,7 @@ def _read_examples(
         counts.empty_targets += empty["targets"]
         columns = [[tokens for tokens, _ in column] for column in (inputs, targets)]
         if sentences is not None:
-            # `embeddings` is empty unless they are a feature of the tasks.
+            # `embeddings` is empty if they are in a table and not a feature of the tasks.
             vectors = list(embeddings) or sentences.vectors(columns[0], name)
             if not np.isfinite(vectors).all():
                 raise InputError(f"{name}: expected finite sentence embeddings, got inf or nan")
@@ -268,7 +268,7 @@ def _read_examples(
 
 
 def _count_empty(ids: np.ndarray, row_splits: np.ndarray, eos_id: int) -> int:
-    """Returns how many sequences of a block have no token, or an EOS alone."""
+    """Returns how many sequences of a block are empty or only an EOS."""
     sizes = np.diff(row_splits)
     single = ids[row_splits[:-1][sizes == 1]]
     return int((sizes == 0).sum() + (single == eos_id).sum())

@@ -1,6 +1,7 @@
 """Batches for scoring, decoding and encoding, in few shapes because each shape is compiled.
 
-Shapes: `B` batch, `L` length (`Li` of inputs, `Lt` of targets), `C` answer choices.
+Shapes: `B` batch, `L` length (`Li` of inputs, `Lt` of targets), `C` answer choices, `S` sentence
+embedding size, `N` different shapes.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ def _round_up(n: int, least: int, steps: int) -> int:
 
 
 def _group_by_shape(sizes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """Returns the indices of the sizes by rounded shape, sorted by shape."""
+    """Returns, for each rounded shape, the indices of the sizes that it stands for."""
     indices: dict[Shape, list[int]] = {}
-    # Merging takes quadratic memory: beyond 256 shapes, sizes are rounded more coarsely.
+    # `_merge_shapes` takes quadratic memory: if there are more than 256 shapes, sizes are rounded
+    # more coarsely.
     for steps in (4, 2, 1):
         indices = collections.defaultdict(list)
         for index, size in enumerate(sizes):
@@ -67,8 +69,8 @@ def _merge_shapes(
 ) -> dict[Shape, Shape]:
     """Returns the shape that each shape is padded to.
 
-    Greedy: merges the pair of shapes that saves most, until no pair saves anything and there are at
-    most `max_programs` shapes.
+    Greedy: merges the pair of shapes whose merging saves most, until every merge would add to the
+    cost and there are at most `max_programs` shapes.
 
     Args:
       counts: number of examples of each shape.
@@ -86,7 +88,7 @@ def _merge_shapes(
         return program_cost + _divide_up(examples, rows) * rows * _row_cost(padded)
 
     while len(members) > 1:
-        # All pairs in numpy: a Python loop would visit up to 32,640 of them in every round.
+        # All pairs at once in numpy: a Python loop would visit up to 32,640 pairs in every round.
         separate = cost(shapes, num_examples)  # [N]
         merged = np.maximum(shapes[:, None], shapes[None])  # [N, N, 3]
         together = cost(merged, num_examples[:, None] + num_examples[None])  # [N, N]
@@ -101,8 +103,8 @@ def _merge_shapes(
         shapes, num_examples = np.delete(shapes, second, 0), np.delete(num_examples, second)
     return {
         shape: (int(padded[0]), int(padded[1]), int(padded[2]))
-        for padded, joined in zip(shapes, members, strict=True)
-        for shape in joined
+        for padded, originals in zip(shapes, members, strict=True)
+        for shape in originals
     }
 
 
@@ -126,7 +128,7 @@ def _plan_batches(
     check_integer("BATCH_SIZE", batch_size)
     if batch_size % multiple_of:
         raise InputError(
-            f"BATCH_SIZE must be a multiple of the number of devices, {multiple_of}, got"
+            f"BATCH_SIZE must be a multiple of the data-parallel size, {multiple_of}, got"
             f" {batch_size}"
         )
 
@@ -169,11 +171,12 @@ def score_batches(
     Args:
       groups: the examples.
       batch_size: largest number of rows.
-      multiple_of: number of devices, which must divide `batch_size` and divides B.
+      multiple_of: number of devices that share a batch (`partitioning.data_parallelism`); must
+        divide `batch_size`, and divides B.
       max_target_tokens: limit of B * C * Lt: shapes with many or long choices have fewer rows.
       program_cost: cost of compiling a shape, in tokens of padding. On two CPU cores, compiling
         takes as long as scoring 5,000 (T5 Small) to 30,000 tokens (Tiny); on accelerators, as long
-        as many more.
+        as scoring many more.
       max_programs: largest number of shapes.
 
     Raises:
@@ -191,7 +194,7 @@ def _size(group: ChoiceGroup) -> Shape:
 
 
 def _pad_groups(members: Sequence[ChoiceGroup], shape: Shape, rows: int) -> Batch:
-    """Returns a batch as `score_batches` yields it, of examples that fit into a shape."""
+    """Returns a batch of examples, padded to a shape, as `score_batches` yields it."""
     input_length, num_choices, target_length = shape
     targets = np.zeros((rows, num_choices, target_length), np.int32)
     for target, group in zip(targets, members, strict=False):
@@ -285,9 +288,10 @@ def input_batches(
 
 
 def _sizes_of_inputs(inputs: Sequence[np.ndarray], batch_size: int) -> tuple[list[Shape], int]:
-    """Returns inputs as sizes with one target token, and a limit of target tokens.
+    """Returns a size for each input, with one target token, and `max_target_tokens` for them.
 
-    The limit reduces no batch: the target of one token is rounded up to the least target length.
+    The limit reduces no batch: it allows for targets of the least length, to which a target of one
+    token is rounded up.
     """
     return [(len(ids), 1, 1) for ids in inputs], _LEAST_SIZES[2] * batch_size
 
@@ -295,7 +299,7 @@ def _sizes_of_inputs(inputs: Sequence[np.ndarray], batch_size: int) -> tuple[lis
 def _pad_inputs(
     inputs: Sequence[np.ndarray], indices: Sequence[int], rows: int, length: int
 ) -> np.ndarray:
-    """Returns the batch of `input_batches` of some of the inputs."""
+    """Returns a batch of the inputs at `indices`, as `input_batches` yields it."""
     repeated = [inputs[indices[-1]]] * (rows - len(indices))
     return _pad([inputs[index] for index in indices] + repeated, rows, length)
 
@@ -310,8 +314,8 @@ def encoder_batches(
 
     Args:
       inputs: token ids [Li] of each input.
-      batch_size: B at 512 tokens and more; up to 8 times as many rows of shorter inputs.
-      multiple_of: number of devices; B is a multiple of it.
+      batch_size: B for inputs of 512 tokens and more; shorter ones have up to 8 times as many rows.
+      multiple_of: number of devices that share a batch; B is rounded up to a multiple of it.
     """
     order = sorted(range(len(inputs)), key=lambda index: -len(inputs[index]))
     while order:

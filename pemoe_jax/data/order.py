@@ -5,12 +5,13 @@ happened before. Two functions of the seed and a counter decide it:
 
 - the task of the n-th example is the n-th draw of a counter-based generator (Philox: Salmon et al.,
   "Parallel random numbers: as easy as 1, 2, 3", SC 2011), by the mixing rates;
-- the k-th draw of a task is element k mod size of its epoch k // size: a keyed permutation of its
-  rows that is computed row by row and never stored (a Feistel network over a x b >= size with cycle
-  walking: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002).
+- the k-th draw of a task is element k mod size of the task's epoch k // size. An epoch is a keyed
+  permutation of the task's rows, computed row by row and never stored (a Feistel network over
+  a x b >= size with cycle walking: Black and Rogaway, "Ciphers with arbitrary finite domains",
+  CT-RSA 2002).
 
 So the only state is the number of draws of each task. To start at a distant example, the draws
-before it must be counted, which takes some 12 ns each; a single task starts anywhere at no cost.
+before it must be counted, which takes some 12 ns each. A single task starts anywhere at no cost.
 
 The library `grain` has both parts, but it shuffles 32-bit indices, and interleaves tasks in a fixed
 pattern of integer proportions where seqio draws them at random. It would change the order in which
@@ -49,7 +50,8 @@ class ExampleOrder:
         in a seqio mixture; None: never.
 
     Raises:
-      InputError: a size is below 1, a rate is negative, or no rate is above 0.
+      InputError: there is no task, `rates` has another length than `sizes`, a size is below 1, a
+        rate is negative or not finite, or no rate is above 0.
     """
 
     def __init__(
@@ -70,13 +72,16 @@ class ExampleOrder:
         self._permutations = _Permutations(self._sizes, row_key) if shuffle else None
         self._max_draws = None if num_epochs is None else self._sizes * num_epochs
         self._sampler = _TaskSampler(rates)
-        # Numbers of draws of each task: before every _SNAPSHOT-th example, and before the example
-        # where the last call ended. Counting starts from the nearest of them.
+        # Numbers of draws of each task before every _SNAPSHOT-th example, and before the example
+        # where the last call ended. Counting starts from the latest of these examples that does not
+        # come after the first one wanted.
         self._snapshots = [np.zeros(len(self._sizes), np.int64)]
         self._last = 0, self._snapshots[0]  # the example, and the draws before it
 
     def row_numbers(self, start: int, stop: int, shard: tuple[int, int] = (0, 1)) -> np.ndarray:
-        """Returns the rows of examples start to stop - 1: int64 [stop - start], fewer at the end.
+        """Returns the row numbers of examples `start` to `stop` - 1: int64 [stop - start].
+
+        There are fewer if the order ends before `stop`.
 
         Args:
           start, stop: examples, counted within the shard.
@@ -106,7 +111,7 @@ class ExampleOrder:
         return np.concatenate(parts)
 
     def _draw_chunk(self, start: int, stop: int, counts: np.ndarray) -> np.ndarray:
-        """Returns the tasks of the examples from `start` to `stop` or the end of its chunk.
+        """Returns the tasks of the examples from `start` to `stop`, or to the end of a chunk.
 
         Args:
           start, stop: examples.
@@ -140,7 +145,9 @@ class ExampleOrder:
 
 
 def _check(sizes: Sequence[int], rates: Sequence[float]) -> None:
-    if len(sizes) != len(rates) or not len(sizes):
+    if not len(sizes):
+        raise InputError("expected at least one task, got none")
+    if len(sizes) != len(rates):
         raise InputError(
             f"expected one rate for each task, got {len(rates)} for {len(sizes)} tasks"
         )
@@ -216,7 +223,7 @@ class _Permutations:
         self._key = key
         self._sizes = sizes.astype(np.uint64)
         # The Feistel network permutes pairs: row r is the pair (r // b, r % b). With
-        # a = ceil(sqrt(size)) and b = ceil(size / a), fewer than a of the a * b pairs are no rows.
+        # a = ceil(sqrt(size)) and b = ceil(size / a), fewer than a of the a * b pairs are no row.
         self._a = np.array([math.isqrt(int(size) - 1) + 1 for size in sizes], np.uint64)
         self._b = (self._sizes + self._a - np.uint64(1)) // self._a
 

@@ -24,7 +24,9 @@ Example = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass
 class ExampleCounts:
-    """Counts of the examples read so far, including prefetched ones, and of odd ones among them.
+    """Numbers of examples read so far, and of truncated and empty sequences in them.
+
+    Prefetched examples count as read.
 
     Attributes:
       examples: number of examples.
@@ -39,7 +41,7 @@ class ExampleCounts:
     empty_targets: int = 0
 
     def describe(self) -> list[str]:
-        """Returns a line for each kind of odd example among those read."""
+        """Returns a line on truncated and one on empty sequences, each only if there are some."""
         lines = []
         for inputs, targets, kind in (
             (self.cut_inputs, self.cut_targets, "longer than TASK_FEATURE_LENGTHS and truncated"),
@@ -88,10 +90,10 @@ class BatchIterator(Iterator[Batch]):
         return {"examples": self._consumed}
 
     def __next__(self) -> Batch:
-        """Returns T5X's features, int32 [B, L].
+        """Returns a batch with T5X's features, int32 [B, L].
 
-        Rows of zeros have loss weight 0. If the examples have sentence embeddings, the batch has
-        `sentence_embeddings`, float32 [B, S].
+        Rows of zeros have loss weight 0. If the examples have sentence embeddings and are not
+        packed, the batch also has `sentence_embeddings`, float32 [B, S].
         """
         rows = list(itertools.islice(self._rows, self._batch_size))
         if len(rows) < self._batch_size and not (rows and self._pad_last):
@@ -148,8 +150,8 @@ def _lay_out(rows: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.
       length: L.
 
     Returns:
-      `tokens`, `segment_ids` (the sequences of a row, from 1 on) and `positions` (of tokens in
-      their sequence): int32 [B, L], padded with zeros.
+      `tokens`, `segment_ids` (a sequence's number in its row, from 1 on) and `positions` (a
+      token's index in its sequence): int32 [B, L], padded with zeros.
     """
     # One scatter for the whole batch, because a loop over its sequences would be slow.
     sequences = [sequence for row in rows for sequence in row]
@@ -157,7 +159,7 @@ def _lay_out(rows: Sequence[Sequence[np.ndarray]], length: int) -> dict[str, np.
     row_of_sequence = np.repeat(np.arange(len(rows)), counts)  # [N]
     first_sequence = np.cumsum(counts) - counts  # [B]
     sizes = np.array([len(sequence) for sequence in sequences])
-    starts = np.cumsum(sizes) - sizes  # [N], in all tokens
+    starts = np.cumsum(sizes) - sizes  # [N], among the tokens of all sequences
     starts_in_row = starts - starts[first_sequence][row_of_sequence]  # [N]
     positions = np.arange(sizes.sum()) - np.repeat(starts, sizes)
     offsets = np.repeat(row_of_sequence * length + starts_in_row, sizes) + positions

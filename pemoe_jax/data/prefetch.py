@@ -38,7 +38,7 @@ class PrefetchIterator(Iterator[T], Generic[T]):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the next item is ready."""
+        """Whether `next` would return or raise without waiting."""
         return not self._queue.empty()
 
     def __next__(self) -> T:
@@ -112,15 +112,16 @@ def _read_in_thread(
             yield entry
     finally:
         stop.set()
-        # A thread that takes longer, inside of a read, ends with the process: it is a daemon.
+        # A thread that is inside of a long read may take longer. It is a daemon, so it ends with
+        # the process.
         thread.join(timeout=5)
 
 
 def keep_in_flight(results: Iterable[T], count: int = 2) -> Iterator[T]:
-    """Yields the items of a lazy iterable, each when the `count` items after it are requested too.
+    """Yields the items of a lazy iterable, each after the `count` items behind it are requested.
 
-    jax returns arrays before they are computed. To read a result only after the next calls are
-    dispatched keeps the device busy; the limit on their number keeps their memory small.
+    jax returns arrays before they are computed. Reading a result only after the next calls are
+    dispatched keeps the device busy, and limiting the number of these calls keeps memory small.
     """
     pending: collections.deque[T] = collections.deque()
     for result in results:

@@ -65,7 +65,7 @@ def read_object(path: file_io.AnyPath) -> dict[str, Any]:
 
 
 def _parse_object(content: bytes, where: str, is_file: bool) -> dict[str, Any]:
-    """Parses a whole file, whose line is then named in errors, or one line of it."""
+    """Parses a line or a whole file; errors in a file also name the line."""
     try:
         # Windows editors begin a file with a byte order mark, which utf-8-sig skips.
         fields = file_io.parse_json(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
@@ -82,7 +82,7 @@ def _parse_object(content: bytes, where: str, is_file: bool) -> dict[str, Any]:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns a JSON object from its pairs: a hook for `json.loads`, which accepts equal keys.
+    """Returns a JSON object from its pairs; a hook for `json.loads` that refuses repeated keys.
 
     Raises:
       ValueError: a key occurs twice.
@@ -192,7 +192,7 @@ def check_block_ids(
       name: the task or mixture of the examples, for errors.
       key: the feature.
       size: number of ids in its vocabulary.
-      start: number of the first row.
+      start: index of the first row; errors number rows from 1.
     """
     # One comparison for the block; rows are visited only to name the wrong one.
     if ids.size and (ids.min() < 0 or ids.max() >= size):
@@ -204,11 +204,11 @@ def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]
     """Returns `idx`, `is_correct` and `weight` of a row of a `_score_eval` task.
 
     Raises:
-      InputError: one is missing or has a wrong type.
+      InputError: `idx` or `is_correct` is missing, or a field has a wrong type.
     """
     idx, is_correct, weight = (fields.get(key) for key in ("idx", "is_correct", "weight"))
     if idx is None or is_correct is None:
-        names = ", ".join(fields) or "none"
+        names = ", ".join(key for key, value in fields.items() if value is not None) or "none"
         raise InputError(f"{where}: expected 'idx' and 'is_correct', got {names}")
     is_pair = isinstance(idx, list) and len(idx) == 2 and set(map(type, idx)) == {int}
     # Pipelines cast `idx` to int32.
@@ -221,9 +221,9 @@ def check_choice_fields(fields: Mapping[str, Any], where: str) -> dict[str, Any]
         raise InputError(
             f"{where}: 'is_correct' must be true or false, got {describe_value(is_correct)}"
         )
-    weight = 1.0 if weight is None else weight  # all published weights are 1
+    weight = 1.0 if weight is None else weight  # all weights in the published P3 are 1
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-        raise InputError(f"{where}: 'weight' must be a number, got {describe_value(weight)}")
+        raise InputError(f"{where}: 'weight' must be a finite number, got {describe_value(weight)}")
     return {"idx": idx, "is_correct": bool(is_correct), "weight": float(weight)}
 
 

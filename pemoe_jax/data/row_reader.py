@@ -1,8 +1,8 @@
-"""Rows of a task in the form of P3's seqio caches, and readers with random access to them.
+"""The row format of P3's seqio caches, and readers with random access to rows of this format.
 
-A row holds token ids and text of inputs and targets, and the answer choices if it has any. In a
-`_score_eval` task there is one row for each answer choice of an example, with `idx`, `is_correct`
-and `weight`.
+Only the format is P3's: no source of data is imported here. A row holds token ids and text of its
+inputs and targets, and the answer choices if it has any. In a `_score_eval` task there is one row
+for each answer choice of an example, with `idx`, `is_correct` and `weight`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pemoe_jax.data.row_checks import TEXT_FEATURES
 T = TypeVar("T")
 
 # inputs, targets: list of token ids; inputs_pretokenized, targets_pretokenized: bytes, missing in
-# rows without text; answer_choices (optional): list of bytes. Of _score_eval tasks also
+# rows without text; answer_choices (optional): list of bytes. Rows of _score_eval tasks also have
 # idx: [example, choice], is_correct: bool, weight: float.
 Row = dict[str, Any]
 
 EOS = 1  # the id of </s> in T5's vocabularies
 READ_SIZE = 512  # rows read at a time when all rows are read in order
 
-# The kind of list in a tf.train.Example that holds each feature.
+# Feature -> the kind of list that holds it in a tf.train.Example.
 _KINDS = {
     **dict.fromkeys((*TEXT_FEATURES, "idx", "is_correct"), "int64_list"),
     **{
@@ -41,7 +41,11 @@ _KINDS = {
 
 
 class Tokenizer(Hashable, Protocol):
-    """The vocabulary of a run, as readers of rows use it."""
+    """What readers of rows need of a vocabulary.
+
+    Hashable, because readers may be cached by it. (`tasks.tokenizer` has another protocol of this
+    name, for the Python API.)
+    """
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of texts, without EOS."""
@@ -72,10 +76,10 @@ def serialize(row: Row) -> bytes:
 
 
 def parse(record: bytes) -> Row:
-    """Parses a serialized tf.train.Example; features that P3 does not have are ignored.
+    """Parses a serialized tf.train.Example; features that are not in `Row` are ignored.
 
     Raises:
-      ValueError: the record is not a tf.train.Example, or a feature has a wrong type.
+      ValueError: the record is not a tf.train.Example, or a feature is missing or has a wrong type.
     """
     import tensorflow as tf
 
@@ -107,7 +111,8 @@ def parse(record: bytes) -> Row:
             raise ValueError(f"'is_correct' must be [0] or [1], got {values}")
         row["is_correct"] = bool(values[0])
     if "weight" in features:
-        row["weight"] = float(sum(features["weight"].float_list.value))  # 0 for an empty list
+        # The list has one number; the sum reads an empty list as 0.
+        row["weight"] = float(sum(features["weight"].float_list.value))
     return row
 
 
@@ -116,7 +121,7 @@ def read_parts(
     numbers: Sequence[int] | np.ndarray,
     read: Callable[[int, list[int]], Sequence[T]],
 ) -> list[T]:
-    """Reads rows that are spread over parts, such as files, with one call for each part.
+    """Reads rows that are spread over parts, such as files; calls `read` once for each part.
 
     Args:
       first_rows: number of each part's first row: int64 [parts].
@@ -167,11 +172,15 @@ class RowReader(abc.ABC):
         The first access reads all rows.
 
         Raises:
-          InputError: a row has no `idx`, or two rows have the same.
+          InputError: a row has no valid `idx`, or two rows have the same.
         """
         pairs = [row.get("idx") for rows in self.row_blocks() for row in rows]
-        if any(pair is None or len(pair) != 2 for pair in pairs):
-            raise InputError(f"{self.location}: expected 'idx' [example, choice] in every row")
+        for number, pair in enumerate(pairs, 1):
+            if pair is None or len(pair) != 2:
+                raise InputError(
+                    f"{self.location}: expected 'idx' [example, choice] in every row, got"
+                    f" {'none' if pair is None else pair} in row {number}"
+                )
         idx = np.array(pairs, np.int64).reshape(-1, 2)
         if len(np.unique(idx, axis=0)) < len(idx):
             raise InputError(
@@ -183,7 +192,7 @@ class RowReader(abc.ABC):
         """Returns row numbers sorted by example and choice: int64 [rows].
 
         Args:
-          max_examples: maximum number of examples, the first ones; None: all.
+          max_examples: number of examples to return rows of, the first by number; None: all.
         """
         # Sorted, because a cache may have been shuffled when it was written.
         order = np.lexsort((self.idx[:, 1], self.idx[:, 0]))

@@ -37,8 +37,8 @@ _IDS = {key: tf.io.RaggedFeature(tf.int64) for key in TEXT_FEATURES}
 def numpy_function(function: Callable[..., Any], inputs: Sequence[tf.Tensor], dtypes: Any) -> Any:
     """Calls `tf.numpy_function` with a function that does not outlive its dataset.
 
-    TensorFlow keeps the function that it is passed until Python ends, and with it the readers of
-    the dataset. So this passes it one that has only a weak reference to `function`.
+    TensorFlow keeps the function that is passed to it, and with it the readers of the dataset,
+    until Python ends. So it is passed one that has only a weak reference to `function`.
 
     Args:
       function: function of arrays. To keep it alive as long as the dataset, the function that is
@@ -52,11 +52,11 @@ def numpy_function(function: Callable[..., Any], inputs: Sequence[tf.Tensor], dt
 
 
 def row_number_blocks(order: ExampleOrder, start: int, shard: tuple[int, int]) -> tf.data.Dataset:
-    """Returns the row numbers of an order from an example on, in blocks: int64 [N].
+    """Returns the row numbers of an order, from an example on, in blocks of int64 [N].
 
     Args:
       order: the order.
-      start: the first example, counted within the shard.
+      start: index of the first example, counted within the shard.
       shard: (index, count), see `ExampleOrder.row_numbers`.
     """
 
@@ -118,9 +118,10 @@ def read_records(
 def _id_check(
     readers: Sequence[RowReader], vocab_size: int
 ) -> Callable[[tf.Tensor, Mapping[str, tf.RaggedTensor]], None]:
-    """Returns a function that checks the token ids of rows, given by number [N].
+    """Returns a function of row numbers [N] and their rows that checks the rows' token ids.
 
-    In the pipeline it raises the error that names the row with a wrong id.
+    It is called when a pipeline is built. While the pipeline runs, a wrong id raises an InputError
+    that names the row.
     """
     first_rows = _first_rows(readers)
 
@@ -156,6 +157,8 @@ def example_dataset(
 ) -> tf.data.Dataset:
     """Returns a mixture of tasks as a stream: elements `inputs` and `targets`, int32 [L].
 
+    With `options.include_text`, elements also have the texts.
+
     Args:
       readers: rows of each task, with token ids.
       rates: mixing rate of each task.
@@ -175,7 +178,8 @@ def example_dataset(
     check_ids = _id_check(readers, task.output_features["inputs"].vocabulary.vocab_size)
     features = dict(_IDS)
     if options.include_text:
-        # A cache has one of the two (old ones _plaintext); the other reads as an empty text.
+        # A cache has one of the two features: old caches have _plaintext, newer ones _pretokenized.
+        # The other one is read as an empty text.
         kinds = ("pretokenized", "plaintext")
         text_keys = [f"{key}_{kind}" for key in TEXT_FEATURES for kind in kinds]
         features |= {key: tf.io.FixedLenFeature([], tf.string, "") for key in text_keys}
@@ -201,12 +205,13 @@ def example_dataset(
         return example | {key: tf.convert_to_tensor(example[key])[1:] for key in TEXT_FEATURES}
 
     ds = blocks.map(parse).unbatch().map(drop_first)
+    # Any seed will do: after the cache, tasks of this package only truncate and add EOS.
     ds = task.preprocess_postcache(ds, sequence_length=sequence_length, seed=0)
     return ds.prefetch(READ_SIZE)
 
 
 def local_cache_dir(task: seqio.Task) -> pathlib.Path | None:
-    """Returns the folder of a task's offline cache; None if it has none or a remote one."""
+    """Returns the folder of a task's offline cache; None if there is no cache or it is remote."""
     folder = task.cache_dir
     return None if folder is None or "://" in folder else pathlib.Path(folder)
 
@@ -218,7 +223,10 @@ def cached_example_dataset(
     split: str,
     options: StreamOptions,
 ) -> tf.data.Dataset | None:
-    """Returns `example_dataset` of the tasks' offline caches; None unless all have a local one."""
+    """Returns `example_dataset` of the tasks' offline caches.
+
+    Returns None if there are no tasks, or if one of them has no local cache.
+    """
     folders = [local_cache_dir(task) for task in tasks]
     if not tasks or None in folders:
         return None

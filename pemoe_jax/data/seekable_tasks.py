@@ -1,9 +1,10 @@
-"""Base classes of seqio tasks and mixtures whose examples can be read from any position.
+"""Interfaces of seqio tasks and mixtures whose examples can be read from any position on.
 
 A seqio pipeline can only be read from its beginning, and a seqio mixture builds one pipeline for
 each of its tasks. A task that can start anywhere subclasses `SeekableTask` in addition to seqio's
 class. A mixture that reads all of its tasks in one pipeline subclasses `SeekableMixture`. `data`
 checks for these classes with `isinstance`, and reads all others through seqio's `get_dataset`.
+This module imports no seqio, and has no implementation.
 """
 
 from __future__ import annotations
@@ -51,21 +52,21 @@ class SeekableProvider(abc.ABC):
     ) -> tf.data.Dataset:
         """Returns the stream: elements `inputs` and `targets`, int32 [L].
 
-        Tasks without the split are left out.
+        Tasks of a mixture that do not have the split are left out.
         """
 
     @abc.abstractmethod
     def cached_examples_from(
         self, sequence_length: Mapping[str, int], split: str, options: StreamOptions
     ) -> tf.data.Dataset | None:
-        """Returns the stream, read from seqio's offline caches; None unless all are local."""
+        """Returns the stream from seqio's offline caches; None unless all tasks have local ones."""
 
 
 class SeekableTask(SeekableProvider):
     """A seqio task that is a `SeekableProvider`."""
 
     def has_data(self) -> bool:
-        """Whether the folder that the task reads holds its data."""
+        """Returns whether the task's data is present, as far as can be seen without reading it."""
         return True
 
 
@@ -73,7 +74,7 @@ class SeekableMixture(SeekableProvider):
     """A seqio mixture that is a `SeekableProvider` and reads its tasks in one pipeline.
 
     Attributes:
-      skips_missing_tasks: whether tasks without data are left out; otherwise they are an error.
+      skips_missing_tasks: whether tasks without data are left out; if not, they are an error.
     """
 
     # P3's mixtures set it: they name hundreds of tasks, and a folder may have only a few.

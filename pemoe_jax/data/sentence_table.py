@@ -10,7 +10,8 @@ rows.<parts>.npy       index: the row of each key's vector, counted over all par
 
 The folder is local or in a bucket. The files of a bucket are downloaded when a table is opened.
 Vectors are never rewritten: an addition writes further parts and a new index, and then replaces
-about.json, which points to the index. Shapes: `S` size of the embedding, `N` inputs.
+about.json, which points to the index. Shapes: `S` size of the embedding, `N` inputs, `Li` length of
+an input.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def input_key(ids: ArrayLike) -> bytes:
 def is_same_encoder(first: EncoderInfo, second: EncoderInfo) -> bool:
     """Returns whether two descriptions are of the same encoder.
 
-    Name, dim and fingerprint must be equal. An encoder without a fingerprint has a `probe` instead:
-    the vector that it returns for a fixed sentence. Probes must be nearly equal.
+    Name, dim and fingerprint must be equal. An encoder without a fingerprint may have a `probe`
+    instead: the vector that it returns for a fixed sentence. Probes must be nearly equal.
     """
     if any(first.get(field) != second.get(field) for field in ("name", "dim", "fingerprint")):
         return False
@@ -70,9 +71,9 @@ def check_same_encoder(
 
     Args:
       path: the checkpoint.
-      trained_with: encoder of the checkpoint's training.
-      current: encoder of the run. Nothing is checked if one of the two is None: there is no
-        encoder, or it is unknown.
+      trained_with: encoder that the checkpoint was trained with.
+      current: encoder of the run. Nothing is checked if one of the two is None, which means no
+        encoder or an unknown one.
     """
     if trained_with is None or current is None or is_same_encoder(trained_with, current):
         return
@@ -84,7 +85,7 @@ def check_same_encoder(
 
 
 def format_encoder(encoder: EncoderInfo) -> str:
-    """Returns an encoder in a few words, for messages."""
+    """Describes an encoder in a few words, for messages."""
     fingerprint = encoder.get("fingerprint")
     suffix = f", fingerprint {fingerprint}" if fingerprint else ""
     return f"{encoder.get('name')}{suffix}, size {encoder.get('dim')}"
@@ -115,7 +116,7 @@ class SentenceTable:
         if about is None:
             actual = "a folder without about.json" if self.path.exists() else "no such folder"
             raise InputError(
-                f"SENTENCE_EMBEDDINGS {self.path}: expected a folder of pemoe embed, got {actual}"
+                f"SENTENCE_EMBEDDINGS {self.path}: expected the output of pemoe embed, got {actual}"
             )
         if about["parts"] is None:
             raise InputError(
@@ -159,14 +160,18 @@ class SentenceTable:
         return len(self._keys)
 
     def rows(self, inputs: Iterable[ArrayLike]) -> np.ndarray:
-        """Returns the rows of the vectors of token ids [Li], int64 [N]; -1 if not in the table."""
+        """Returns the row of each input's vector, int64 [N]; -1 for an input without a vector.
+
+        Args:
+          inputs: token ids [Li] of each input, with or without padding.
+        """
         keys = np.frombuffer(b"".join(map(input_key, inputs)), _KEY)
         # searchsorted returns an index out of bounds for a key that sorts after the last one.
         indices = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return np.where(self._keys[indices] == keys, self._rows[indices], -1)
 
     def vectors(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Returns the vectors [S] of rows as views of the files, in the stored dtype.
+        """Returns the vectors [S] in some rows as views of the files, in the stored dtype.
 
         Raises:
           InputError: a file of vectors is damaged.
@@ -178,7 +183,9 @@ class SentenceTable:
         return [self._parts[n][row] for n, row in zip(parts, in_part, strict=True)]
 
     def verify(self) -> int:
-        """Compares the checksums of all files that have one; returns their number.
+        """Verifies the checksums of files that are not verified yet; returns their number.
+
+        Opening the table has verified those of the index. Tables of earlier versions have none.
 
         Raises:
           InputError: a file is damaged.
@@ -225,7 +232,7 @@ class TableWriter:
         about = _read_about(self.path)
         with file_io.remote_errors(self.path):
             files = [*self.path.iterdir()] if about is None and self.path.is_dir() else []
-        # Hidden files are the lock and the remains of an interrupted write.
+        # Hidden files do not count: they are the lock and the remains of an interrupted write.
         if any(file.name[0] != "." for file in files):
             raise InputError(
                 f"SENTENCE_EMBEDDINGS {self.path}: expected a new folder or a table, got one with"
@@ -296,6 +303,7 @@ class TableWriter:
             self._write_array(f"keys.{parts}.npy", keys[order])
             self._write_array(f"rows.{parts}.npy", order)
             self._about |= {"parts": parts, "inputs": len(keys)}
+        # Files outside of parts/ are indices, of which the older ones are deleted below.
         current = {f"keys.{parts}.npy", f"rows.{parts}.npy"}
         for name in [*self._about["checksums"]]:
             if "/" not in name and name not in current:
@@ -460,4 +468,5 @@ def _is_positive(value: object) -> bool:
 
 
 def _is_file_name(name: str) -> bool:
+    # Files of these names are opened, so no other name, such as ../../x, may be among them.
     return re.fullmatch(r"(parts/\d{5,}\.|)(keys|rows|vectors)\.(\d+\.)?npy", name) is not None

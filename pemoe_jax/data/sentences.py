@@ -20,9 +20,12 @@ from pemoe_jax.data.seqio_tasks import SENTENCE_FEATURE
 
 
 def vocabulary_fingerprint(name: str) -> str:
-    """Returns a fingerprint of the vocabulary of a task's or mixture's inputs."""
+    """Returns a fingerprint of the vocabulary of a task's or mixture's inputs, for tables.
+
+    Checkpoints have another one, `seqio_tasks.fingerprint_vocabulary`, which ignores sentinels.
+    """
     vocabulary = seqio_tasks.get_mixture_or_task(name).output_features["inputs"].vocabulary
-    # The content of SentencePiece's model file, as its path may differ on another machine.
+    # Hashes the content of SentencePiece's model file, as its path differs between machines.
     if model := getattr(vocabulary, "sp_model", None):
         return hashlib.blake2b(model, digest_size=8).hexdigest()
     return f"{type(vocabulary).__name__} of {vocabulary.vocab_size} ids"
@@ -48,11 +51,11 @@ class SentenceSource:
         return int(self.encoder["dim"])
 
     def vectors(self, inputs: Sequence[np.ndarray], names: str | Sequence[str]) -> list[np.ndarray]:
-        """Returns the vectors [S] of inputs from the table, which must be set.
+        """Returns the vectors [S] of inputs from the table; `table` must not be None.
 
         Args:
           inputs: token ids [Li] as the model reads them.
-          names: the task or mixture of each input, or that of all inputs.
+          names: the task or mixture of each input, or one for all inputs; for errors.
 
         Raises:
           InputError: an input is not in the table.
@@ -77,7 +80,7 @@ class SentenceSource:
         )
 
     def attach_to(self, groups: Sequence[ChoiceGroup]) -> list[ChoiceGroup]:
-        """Returns the groups with the embeddings of their inputs; raises errors as `vectors`."""
+        """Returns the groups with the embeddings of their inputs; raises what `vectors` raises."""
         if self.table is None:  # `load_choice_groups` has read the feature
             return list(groups)
         vectors = self.vectors([group.inputs for group in groups], [group.task for group in groups])
@@ -104,7 +107,8 @@ def check_settings(
       pack: whether rows hold several examples.
 
     Raises:
-      InputError: a table is set but no router reads it or it is not readable, or rows are packed.
+      InputError: a table is set that no router reads or that cannot be opened, or a router reads
+        embeddings and rows are packed.
     """
     if not reads_sentence_embeddings(adapters):
         if path is not None:
@@ -116,8 +120,8 @@ def check_settings(
     if pack:
         # A packed row would need a distribution over experts for each of its examples.
         raise InputError(
-            "PACK must be False for routers that read sentence embeddings, which have one"
-            " distribution a row, got True"
+            "PACK must be False for routers that read sentence embeddings, because they compute one"
+            " distribution over experts for a row, got True"
         )
     if path is not None:
         SentenceTable(path)  # raises InputError if the table is not readable

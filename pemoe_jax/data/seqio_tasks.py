@@ -29,13 +29,13 @@ SENTENCE_FEATURE = "sentence_embedding"
 # A row of a task as numpy arrays and bytes, by feature.
 Row = Mapping[str, Any]
 
-# Names that users may expect but that could not be registered, with the reason.
+# Name that users may expect but that could not be registered -> the reason.
 unavailable: dict[str, str] = {}
 
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Prints a line to stderr, once: several pipelines may meet the same problem."""
+    """Prints a line to stderr, once, because several pipelines may meet the same problem."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -150,10 +150,12 @@ def fingerprint_vocabulary(vocabulary: Any) -> str | None:
     tokenizer of transformers that has no such pieces.
 
     Args:
-      vocabulary: a `seqio.Vocabulary`, one of `tasks.tokenizer`, or the name of a task or mixture.
+      vocabulary: a `seqio.Vocabulary`, a tokenizer of `tasks.tokenizer`, or the name of a task or
+        mixture, whose targets' vocabulary is hashed.
     """
     if isinstance(vocabulary, str):
         vocabulary = get_mixture_or_task(vocabulary).output_features["targets"].vocabulary
+    # Tokenizers of `tasks.tokenizer` name the class of the seqio vocabulary that they stand for.
     kind = getattr(vocabulary, "fingerprint_kind", type(vocabulary).__name__)
     if kind is None:
         return None
@@ -184,8 +186,8 @@ def check_vocabulary(
         current = fingerprint_vocabulary(vocabulary)
         if current not in (None, trained_with):
             raise InputError(
-                f"{setting} must be the vocabulary that {path} was trained with, of fingerprint"
-                f" {trained_with}, got one of {current}"
+                f"{setting} must be the vocabulary that {path} was trained with (fingerprint"
+                f" {trained_with}), got one with the fingerprint {current}"
             )
 
 
@@ -226,9 +228,9 @@ def validate_lengths(task_feature_lengths: Mapping[str, int]) -> dict[str, int]:
 
 
 def check_source_files(tasks: Iterable[str], split: str | None) -> None:
-    """Raises InputError if the files of tasks are malformed."""
-    # A source of this package checks its files when it counts its rows. Without this call the error
-    # would come from within seqio, which logs a long traceback first.
+    """Raises InputError if the files of tasks with this split are malformed."""
+    # A source of this package checks its files when it counts its rows. Without this check the
+    # error would come from within seqio, which logs a long traceback first.
     for task in map(get_mixture_or_task, tasks):
         if split in task.splits:
             task.num_input_examples(split)
@@ -261,7 +263,7 @@ def numpy_iterator(
 ) -> Generator[Any, None, None]:
     """Yields the elements of a dataset as numpy; the generator is closed before Python ends.
 
-    For the other arguments and errors see `translate_read_errors`.
+    For `name`, `split`, `use_cached` and errors see `translate_read_errors`.
     """
 
     def iterate() -> Generator[Any, None, None]:
@@ -285,15 +287,17 @@ def translate_read_errors(
       use_cached: whether seqio's offline caches are read.
 
     Raises:
-      InputError: an InputError from within the pipeline again, the damage of a tfrecord file with
-        its path, or the first line of another error of TensorFlow.
+      InputError: the pipeline raised an InputError (its message is repeated), a tfrecord file is
+        damaged (the message has its path), or TensorFlow failed otherwise (the message is the first
+        line of its own).
     """
     import tensorflow as tf
 
     try:
         yield
     except tf.errors.OpError as error:
-        # Exceptions of Python functions and offsets of damaged records are only in its message.
+        # TensorFlow passes on exceptions of Python functions, and the offset of a damaged record,
+        # only in its message.
         message = str(error.message)
         if input_error := re.search(r"\bInputError: (.+)", message):
             raise InputError(input_error[1]) from error
@@ -308,7 +312,7 @@ def translate_read_errors(
 
 
 def _reason(message: str) -> str:
-    """Returns the first line of a TensorFlow error without the names of ops."""
+    """Returns the first line of a TensorFlow error without names of ops, cut to 200 characters."""
     ops = r"^\{\{.*?\}\} |Error in user-defined .* with iterator: \S+ | \[Op:.*$"
     return re.sub(ops, "", first_line(message))[:200]
 

@@ -37,7 +37,7 @@ class SolvedExample:
 
     Attributes:
       inputs, targets: token ids, with or without EOS.
-      input_text, target_text: the text that was tokenized.
+      input_text, target_text: the texts of these ids.
     """
 
     inputs: Sequence[int] | np.ndarray
@@ -47,7 +47,7 @@ class SolvedExample:
 
 
 class TaskWithShots(abc.ABC):
-    """A seqio task with prescribed solved examples, as benchmarks have; no train split is read.
+    """A seqio task that prescribes the solved examples for its shots, as benchmarks do.
 
     An input that is itself one of its shots gets the next example instead, or one shot fewer if
     there is no next one.
@@ -105,8 +105,8 @@ class TaskShots:
                 f" {len(self.examples)} solved examples is also evaluated, got {self.count}"
             )
         shots = others[: self.count]
-        tokens, left_out = prepend_shots(shots, inputs, limit, self.header)
-        return tokens, len(shots) - left_out
+        tokens, num_left_out = prepend_shots(shots, inputs, limit, self.header)
+        return tokens, len(shots) - num_left_out
 
     @functools.cached_property
     def tokens(self) -> list[np.ndarray]:
@@ -120,9 +120,10 @@ class TaskShots:
 def load_shots(
     names: Sequence[str], few_shot: options.FewShot, limit: int, use_cached: bool = False
 ) -> dict[str, TaskShots]:
-    """Returns the shots of each task, drawn from its train split by seed and task.
+    """Returns the shots of each task.
 
-    A task `<name>_score_eval` and its task `<name>` have the same shots.
+    A `TaskWithShots` prescribes its shots. Those of other tasks are drawn from the train split, by
+    seed and name: a task `<name>_score_eval` and its task `<name>` have the same shots.
 
     Args:
       names: the tasks.
@@ -131,7 +132,8 @@ def load_shots(
       use_cached: whether to read seqio's offline caches.
 
     Raises:
-      InputError: a task has no train split or too few examples, or cannot be read.
+      InputError: a task has neither shots of its own nor a train split, has too few examples, or
+        cannot be read.
     """
     check_integer("SHOTS", few_shot.shots, minimum=0)
     sources = {name: _find_source(name, use_cached) for name in names}
@@ -233,7 +235,7 @@ def _read_shuffled(
 
 
 def _solved_examples(source: str, rows: Iterable[seqio_tasks.Row]) -> Iterator[SolvedExample]:
-    """Yields the examples of rows that have a target and are not of a wrong answer choice."""
+    """Yields the examples of rows with a target, except rows of wrong answer choices."""
     features = seqio_tasks.get_mixture_or_task(source).output_features
     vocabulary = features["inputs"].vocabulary
     for number, row in enumerate(rows, 1):
@@ -345,9 +347,10 @@ def prepend_shots(
     if len(header) > room:
         header = ()
     room -= len(header)
-    left_out = len(shots)
-    while left_out and len(shots[left_out - 1]) <= room:
-        left_out -= 1
-        room -= len(shots[left_out])
-    parts = [header, *shots[left_out:], inputs]
-    return np.concatenate([np.asarray(part, np.int32) for part in parts]), left_out
+    # The last shots are added first, so that the first ones are left out.
+    num_left_out = len(shots)
+    while num_left_out and len(shots[num_left_out - 1]) <= room:
+        num_left_out -= 1
+        room -= len(shots[num_left_out])
+    parts = [header, *shots[num_left_out:], inputs]
+    return np.concatenate([np.asarray(part, np.int32) for part in parts]), num_left_out

@@ -16,6 +16,7 @@ def draw_tasks(tasks: Collection[str], fraction: float, seed: int) -> list[str]:
     tasks of a smaller fraction are among those of a larger one with the same seed.
     """
 
+    # Not `hash`, which differs between processes.
     def hash_task(task: str) -> bytes:
         return hashlib.sha256(f"{seed} {task}".encode()).digest()
 
@@ -23,7 +24,9 @@ def draw_tasks(tasks: Collection[str], fraction: float, seed: int) -> list[str]:
 
 
 def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = False) -> str:
-    """Registers a mixture of a fraction of those tasks that have training data, at their rates.
+    """Registers a mixture of a random fraction of a mixture's tasks, at their rates in it.
+
+    Only tasks with training data count.
 
     Args:
       name: name of a seqio mixture, or of a task.
@@ -32,10 +35,11 @@ def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = 
       use_cached: whether tasks are read from seqio's offline caches.
 
     Returns:
-      The name of the new mixture; `name` itself if the fraction is 1 or `name` is a task.
+      The name of the new mixture; `name` itself if the fraction is 1, or if `name` is a task and
+      the fraction rounds to 1.
 
     Raises:
-      InputError: the fraction is out of range, no task is drawn, or the name is not registered.
+      InputError: the fraction is out of range or rounds to no task, or `name` is not registered.
     """
     provider = seqio_tasks.get_mixture_or_task(name)
     if not 0 < fraction <= 1:
@@ -58,8 +62,8 @@ def register_fraction(name: str, fraction: float, seed: int, use_cached: bool = 
         return name
     seqio = seqio_import.import_seqio()
     fraction_name = f"{name}_fraction_{fraction:g}_seed_{seed}"
-    # The new mixture has the sampling function of the old one, and its class, which may read all
-    # tasks in one pipeline.
+    # The new mixture has the sampling function and the class of the old one. The class may be a
+    # `SeekableMixture`, which reads all tasks in one pipeline.
     mixture = type(provider)(
         fraction_name,
         [(tasks[task], provider.get_rate) for task in drawn],

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 import google_crc32c
 import numpy as np
 
-from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.core.errors import InputError, first_line, plural
 from pemoe_jax.data import seqio_import
 from pemoe_jax.data.row_checks import TEXT_FEATURES, check_token_ids
 from pemoe_jax.data.row_reader import READ_SIZE, Row, RowReader, parse, read_parts
@@ -82,7 +82,7 @@ class TFRecordFile:
             for number in numbers:
                 if number >= len(self._starts):
                     raise InputError(
-                        f"{self.path}: damaged: expected more rows by its stats, got"
+                        f"{self.path}: damaged: expected at least {plural(number + 1, 'row')}, got"
                         f" {len(self._starts):,}"
                     )
                 file.seek(self._starts[number])
@@ -109,7 +109,10 @@ class TFRecordFile:
             self.read([number])
 
     def _scan(self, num_rows: int | None = None, end: int | None = None) -> None:
-        """Scans the file for frames until a number of rows or an offset; None: to the end."""
+        """Continues the scan until `num_rows` frames are known or offset `end` is reached.
+
+        Without these arguments, scans to the end of the file.
+        """
         end = self.size if end is None else min(self.size, end)
         with open(self.path, "rb") as file:
             while self._scanned < end and (num_rows is None or len(self._starts) < num_rows):
@@ -118,12 +121,13 @@ class TFRecordFile:
 
     def _scan_block(self, block: bytes) -> None:
         """Adds the frames whose headers are in a block that begins where the scan stopped."""
-        begin, at, size, last = self._scanned, 0, self.size, len(block) - _HEADER
-        if last < 0:
+        begin, size = self._scanned, self.size
+        at, last_header = 0, len(block) - _HEADER  # offsets in the block
+        if last_header < 0:
             raise self._damaged(begin, block)
         # Bound methods as locals: this loop runs once for each row of the cache.
         append, unpack = self._starts.append, _LENGTH.unpack_from
-        while at <= last:
+        while at <= last_header:
             after = at + _FRAME + unpack(block, at)[0]
             if begin + after > size:
                 raise self._damaged(begin + at, block[at:])
@@ -140,8 +144,8 @@ class TFRecordFile:
 class TFRecordReader(RowReader):
     """A split of a task's offline cache in `folder`.
 
-    `read_rows` and `row_blocks` check that token ids are below `vocab_size()`; `read_records` does
-    not, since pipelines check them by block.
+    `read_rows` and `row_blocks` check that token ids are below `vocab_size()`. `read_records` does
+    not, because pipelines check the ids of a whole block at once.
     """
 
     def __init__(self, folder: pathlib.Path, split: str, vocab_size: Callable[[], int]) -> None:
@@ -165,14 +169,16 @@ class TFRecordReader(RowReader):
         for number in range(num_shards):
             path = self._folder / f"{self._split}.tfrecord-{number:05d}-of-{num_shards:05d}"
             if not path.is_file():
-                raise InputError(f"{path}: no such file, expected {num_shards} by {info_path.name}")
+                raise InputError(
+                    f"{path}: no such file, but {info_path.name} says 'num_shards': {num_shards}"
+                )
             files.append(TFRecordFile(str(path)))
             files[-1].check_first_record()
         return files
 
     @functools.cached_property
     def num_rows(self) -> int:
-        """Number of rows by stats.<split>.json, or without that file by a scan of the shards."""
+        """Number of rows, from stats.<split>.json or, without that file, from a scan."""
         files = self.files
         stats = self._folder / f"stats.{self._split}.json"
         if not stats.exists():
@@ -206,7 +212,7 @@ class TFRecordReader(RowReader):
         """See RowReader; verifies every checksum.
 
         Raises:
-          InputError: a file is damaged, or has another number of rows than its stats state.
+          InputError: a file is damaged, or stats.<split>.json states another number of rows.
         """
         import tensorflow as tf
 
@@ -225,8 +231,8 @@ class TFRecordReader(RowReader):
                 raise InputError(f"{file.path}: damaged: {reason}") from None
         if num_read != self.num_rows:
             raise InputError(
-                f"{self.location}: damaged: expected {self.num_rows:,} rows by its stats, got"
-                f" {num_read:,}"
+                f"{self.location}: damaged: expected {self.num_rows:,} rows, as"
+                f" stats.{self._split}.json states, got {num_read:,}"
             )
 
     def _parse(self, records: Sequence[bytes], numbers: Sequence[int]) -> list[Row]:

@@ -8,8 +8,9 @@ The folder holds `<task>/<split>.jsonl` with an example per line: `{"inputs": st
   metric, so that seqio's Evaluator and T5X can score it too;
 - the mixtures `jsonl_train`, `jsonl_score_eval`, and `jsonl_train_score_eval`, which scores the
   training tasks (so its accuracy is not zero-shot);
-- the mixture `jsonl_decode` for `pemoe infer`: the tasks that EVAL_TASKS matches, with or without
-  choices. If EVAL_TASKS is not set, it has the training tasks, or all tasks if none is trained on.
+- the mixture `jsonl_decode` for `pemoe infer`: the tasks that EVAL_TASKS matches, those without
+  choices included. If EVAL_TASKS is not set, it has the training tasks, or all tasks if none is
+  trained on.
 
 A task's evaluation split is the first of validation, val and test that has a file. It is registered
 as the split `validation`.
@@ -92,12 +93,12 @@ def register(
       vocab_path: see `load_vocabulary` (VOCAB_PATH).
       train_tasks: patterns of the tasks to train on (TRAIN_TASKS), instead of the training role.
       eval_tasks: patterns of the tasks to score (EVAL_TASKS), instead of the scoring role.
-      eval_examples: number of examples to use of every split but `train`, from its start
+      eval_examples: maximum number of examples of every split but `train`, counted from its start
         (EVAL_EXAMPLES); None: all.
       use: what the tasks are used for: 'train', 'eval', 'train_eval' (scoring the training tasks),
-        'decode'. The files that these uses read are checked now ('train' also reads the evaluation
-        splits of the training tasks, for the validation loss), all others when they are read.
-        With 'decode', rows need no `targets`, except those of train splits.
+        'decode'. The files that 'train', 'eval' and 'train_eval' read are checked now, all others
+        when they are read. ('train' also reads the evaluation splits of the training tasks, for the
+        validation loss.) With 'decode', rows need no `targets`, except those of train splits.
 
     Raises:
       InputError: an argument or a file is wrong; the tasks of an earlier call stay.
@@ -137,12 +138,7 @@ def register(
         if (split := seqio_tasks.first_eval_split(splits)) is not None
     }
     # The file of each task that decides whether the task has choices.
-    choices_files = {
-        task: splits[
-            eval_splits.get(task) or ("train" if "train" in splits else next(iter(splits)))
-        ]
-        for task, splits in files.items()
-    }
+    choices_files = {task: splits[eval_splits.get(task, "train")] for task, splits in files.items()}
     has_choices = {task: files_lib.has_choices(path) for task, path in choices_files.items()}
     index = files_lib.read_index(index_path)
     tasks = roles.assign_roles(
@@ -248,8 +244,8 @@ def _read_files(
             splits.append((task, "train"))
             if task in tasks.eval_splits:  # for the validation loss
                 splits.append((task, tasks.eval_splits[task]))
-    for name, scored in (("eval", tasks.eval_tasks), ("train_eval", tasks.train_score_tasks)):
-        if name in use:
+    for purpose, scored in (("eval", tasks.eval_tasks), ("train_eval", tasks.train_score_tasks)):
+        if purpose in use:
             plain = map(score_eval.plain_name, scored)
             splits += [(task, tasks.eval_splits[task]) for task in plain]
     examples: dict[str, int] = {}
@@ -261,8 +257,8 @@ def _read_files(
         scan = files_lib.scan_file(path, None if split == "train" else eval_examples)
         name = task if split == "train" else task + score_eval.SUFFIX
         if name in tasks.datasets:  # a task without choices has no _score_eval task
-            unscored, _ = scan.odd.get("no_choices", (0, 0))
-            examples[name] = scan.num_rows - (unscored if name != task else 0)
+            num_unscored, _ = scan.odd.get("no_choices", (0, 0))
+            examples[name] = scan.num_rows - (num_unscored if name != task else 0)
         max_choices, max_words = max(max_choices, scan.max_choices), max(max_words, scan.max_words)
         for kind, (count, line) in scan.odd.items():
             odd.append(OddRows(task, split, kind, count, path, line))

@@ -53,7 +53,7 @@ def find_files(folder: pathlib.Path) -> dict[str, dict[str, str]]:
             continue
         # seqio's registries accept no other names.
         if not re.fullmatch(r"[\w.:#]+", entry.name):
-            raise InputError(f"{entry}: a task's name may hold letters, digits and _ . : # only")
+            raise InputError(f"{entry}: a task's name must have only letters, digits and _ . : #")
         files[entry.name] = splits
     if not files:
         loose = sorted(path.name for path in folder.glob("*.jsonl"))
@@ -89,7 +89,7 @@ def _check_file_names(
 
 @dataclasses.dataclass(frozen=True)
 class TaskInfo:
-    """A task's entry in INDEX.json; the default is that of a task without an entry.
+    """A task's entry in INDEX.json; the default values hold for a task without an entry.
 
     Attributes:
       dataset, subset: the dataset that the task is a prompt of.
@@ -111,7 +111,7 @@ class TaskInfo:
 
     @property
     def dataset_name(self) -> str:
-        """The dataset's name in tables, '' without one.
+        """The dataset's name in tables; '' if the entry has no dataset.
 
         SuperGLUE's datasets go by their own names, such as 'rte'.
         """
@@ -124,6 +124,7 @@ _OPTIONAL_STRINGS = ("dataset", "subset", "t0_do_train", "t0_do_eval")
 _BOOLEANS = ("original_task", "t0_blacklisted")
 _KEYS = (*_OPTIONAL_STRINGS, *_BOOLEANS, "metrics")
 # Keys that describe the rows, in tables of P3 and in the quickstart. They have no effect.
+# (Tuples in the tuple, so that the formatter keeps several names on a line.)
 _NOTES = (
     *("choices_in_prompt", "fixed_answer_choices", "has_answer_choices", "n", "row_source_split"),
     *("skipped_empty", "t0_train_size", "targets_not_in_choices", "task_type", "template"),
@@ -178,11 +179,11 @@ def _parse_entry(entry: object, where: str) -> TaskInfo:
 
 
 class Example(NamedTuple):
-    """A line of a file."""
+    """The example in a line of a file."""
 
     inputs: str
     targets: str
-    answer_choices: list[str]  # empty if the task has none
+    answer_choices: list[str]  # empty if the line has none
 
 
 def parse_line(line: bytes, where: str, needs_targets: bool = True) -> Example:
@@ -204,10 +205,10 @@ def parse_line(line: bytes, where: str, needs_targets: bool = True) -> Example:
 
 
 def has_choices(path: str) -> bool:
-    """Returns whether a row of a file has answer choices; cached until the file changes.
+    """Returns whether any row of a file has answer choices; cached until the file changes.
 
-    Reads up to the first such row. Malformed rows are skipped here. They are an error once the file
-    is used; a file that is not used may hold anything.
+    Reads up to the first such row, and skips malformed rows. These are an error once the file is
+    used; a file that is not used may hold anything.
 
     Raises:
       InputError: the file has no row.
@@ -241,7 +242,7 @@ def _lines(path: str) -> Iterator[tuple[int, int, bytes]]:
             offset += len(line)
 
 
-# The kinds of odd rows (keys of `row_checks.ODD_ROWS`) that a scan counts.
+# The kinds of odd rows that a scan counts: keys of `row_checks.ODD_ROWS`, which describes them.
 ODD_KINDS = (
     "target_not_in_choices",
     "doubled_choices",

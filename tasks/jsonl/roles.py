@@ -149,7 +149,8 @@ def _match_patterns(
       macro: the setting that holds the patterns, for errors.
       patterns: shell-style patterns.
       tasks: names to choose from.
-      describe_missing: returns what a task lacks for its role, "" if nothing.
+      describe_missing: returns what a task lacks for the role, such as 'no train split'; "" if it
+        lacks nothing.
 
     Raises:
       InputError: a pattern matches no task, or only tasks that lack something.
@@ -216,7 +217,8 @@ def assign_roles(
       eval_tasks: EVAL_TASKS, patterns or None.
 
     Raises:
-      InputError: a pattern matches no task that can have the role.
+      InputError: a setting is not a list of patterns, a pattern matches no task, or one of
+        TRAIN_TASKS matches only tasks without a train split.
     """
     train_patterns = None if train_tasks is None else _check_patterns("TRAIN_TASKS", train_tasks)
     eval_patterns = None if eval_tasks is None else _check_patterns("EVAL_TASKS", eval_tasks)
@@ -229,7 +231,7 @@ def assign_roles(
         return not info.has_roles or (info.t0_do_train == "BASE" and not info.t0_blacklisted)
 
     def missing_to_train(task: str) -> str:
-        """Returns what a task lacks for training, for a message; "" if nothing."""
+        """Returns what a task lacks for training, for a message; "" if it lacks nothing."""
         return "" if "train" in files[task] else "no train split"
 
     def can_score(task: str) -> bool:

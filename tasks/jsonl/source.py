@@ -305,7 +305,8 @@ def add_tasks(
       has_choices: whether the rows have answer choices.
       paths: split -> file.
       vocabulary: vocabulary of inputs and targets.
-      eval_examples: number of rows to use of every split but `train`, from its start; None: all.
+      eval_examples: maximum number of rows of every split but `train`, counted from its start;
+        None: all.
       needs_targets: whether rows of every split but `train` must have `targets`; those of `train`
         always must.
     """

@@ -37,15 +37,15 @@ def _default_folder() -> str | None:
 
 # The vocabulary's file is read at its first use, so that this import works without it.
 settings = source.Settings(open_vocabulary(default_vocab_path()), _default_folder())
-# The registered tasks' vocabulary (its id), whether their inputs end in EOS, and their folder. None
-# while no task is registered.
+# What the tasks were registered with: the vocabulary's id, `inputs_eos` and the folder. None while
+# no task is registered.
 _registered_with: tuple[int, bool, str | None] | None = None
 
 
 def remove() -> None:
     """Removes everything that this module added to seqio's registries."""
     global _registered_with
-    # Of tasks that are not registered, seqio's `remove` does nothing.
+    # seqio's `remove` does nothing for names that are not registered.
     for name in (*published.names(), *published.unpublished_score_tasks()):
         seqio.TaskRegistry.remove(name)
     for name in published.mixtures():
@@ -99,13 +99,13 @@ def register(
     eval_examples: int | None = None,
     inputs_eos: bool = True,
 ) -> TaskRoles:
-    """Sets where P3's rows come from and how they are read.
+    """Sets where P3's rows come from and how they are read; returns the tasks by role.
 
     Args:
       p3_dir: a folder of P3 (P3_DIR). None: the environment's PEMOE_P3_DIR, or if it is not set,
         seqio's caches alone. seqio can read tfrecords in the folder as caches too.
       vocab_path: see `load_vocabulary` (VOCAB_PATH), for text that is not tokenized yet.
-      eval_examples: number of examples to use of every split but `train`, from its start
+      eval_examples: maximum number of examples of every split but `train`, counted from its start
         (EVAL_EXAMPLES); None: all. It does not apply to seqio's caches.
       inputs_eos: whether inputs end in EOS, as in JSON lines. T0's code adds none, and the example
         on the dataset's card has none. With either value, the ids do not depend on the form in

@@ -51,7 +51,7 @@ def saved_splits(folder: pathlib.Path) -> Splits:
 
 
 def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
-    """Returns the split of a saved `Dataset` ('train' if it has no name) and its files."""
+    """Returns the split of a saved `Dataset` ('train' if its split has no name) and its files."""
     path = folder / "state.json"
     state = read_json(path)
     try:
@@ -74,7 +74,8 @@ def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
     Args:
       root: the cache.
       dataset: name of the dataset, without its owner.
-      subset: name of the config; '' for the only one of a dataset, which has one of a few names.
+      subset: name of the config; '' for a dataset that has only one (its name is then 'default',
+        'plain_text' or the dataset's).
 
     Raises:
       InputError: files of a split are missing.

@@ -6,8 +6,8 @@
     examples, in the places that `raw_examples` lists.
 
 Tasks may also be in the folder's `data/`, as in a clone of the hub's repository. A folder may mix
-forms; of a task in several forms, the first in this list is read. A `_score_eval` task without
-files is derived from its task's answer choices.
+forms. If it has a task in several forms, the first in this list is read. A `_score_eval` task
+without files is derived from its task's answer choices.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Folder:
         for root in (self.path, self.path / "data"):
             if root.is_dir():
                 for entry in os.scandir(root):
-                    # Of two folders of the same name, the one in data/ comes second.
+                    # If data/ has a folder of the same name, the one outside of data/ is used.
                     if entry.is_dir():
                         folders.setdefault(entry.name, pathlib.Path(entry.path))
         return folders
@@ -142,7 +142,10 @@ class Folder:
         return self._find_template(published.tasks()[name])
 
     def _find_template(self, task: published.P3Task) -> TaskFiles | None:
-        """Finds a task's template and dataset; None, with the reason recorded, if it cannot."""
+        """Finds a task's template and dataset; None if one is missing.
+
+        Records the reason in `unavailable` if there is a template but no usable dataset.
+        """
         template = self._read_templates(task.dataset, task.subset).get(task.template)
         if template is None:
             return None
@@ -169,7 +172,10 @@ class Folder:
         return TaskFiles(TEMPLATES, splits, dataset.folder, template, dataset) if splits else None
 
     def describe_unavailable(self, names: Collection[str]) -> list[str]:
-        """Returns a line: why the first unavailable task of `names` has no rows; [] if none is."""
+        """Returns a line on why the first unavailable task of `names` has no rows.
+
+        The list is empty if none of the tasks is unavailable.
+        """
         reasons = [
             f"{name}: {self.unavailable[name]}" for name in names if name in self.unavailable
         ]

@@ -161,7 +161,7 @@ def task_of(name: str) -> P3Task:
 
 
 def metric_names(name: str) -> Sequence[str]:
-    """Returns the names of a task's metrics of generated text; the default for tasks not of P3."""
+    """Returns names of metrics of a task's generated text; the defaults for tasks outside of P3."""
     return tasks()[name].metrics if name in tasks() else metrics.DEFAULT_METRICS
 
 
@@ -188,7 +188,10 @@ def rate(name: str) -> float:
 
 
 def _select_original_prompts() -> list[str]:
-    """Returns a task of each training dataset of T0: the first original one by template name."""
+    """Returns one task of each training dataset of T0.
+
+    It is the first of the dataset's original tasks, sorted by the names of their templates.
+    """
     first: dict[str, P3Task] = {}
     for task in sorted(tasks().values(), key=lambda task: task.template):
         if task.original_task and task.do_train == "BASE":

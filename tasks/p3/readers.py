@@ -91,7 +91,8 @@ class TemplateReader(RowReader):
     """Renders the examples of a table with a template.
 
     Examples for which the template has no prompt are left out, as in the published P3. Examples for
-    which it fails, or which have no label, are left out too, and a warning gives their number.
+    which the template fails, and examples without a label, are left out too, and a warning gives
+    their number.
 
     Raises:
       NoRowsError: while reading, if no example is left.
@@ -148,7 +149,7 @@ class TemplateReader(RowReader):
         return add_ids(rows, self._tokenizer)
 
     def _render(self, example: Example, index: int) -> Prompt | None:
-        """Returns the example's prompt; None if it is left out, and records a failure's reason."""
+        """Returns the example's prompt, or None to leave it out; records why a template fails."""
         try:
             prompt = self._template.apply(example, index)
         except UnlabeledError as error:
@@ -184,8 +185,8 @@ class TemplateReader(RowReader):
 def choice_rows(row: Row, example: int, tokenizer: Tokenizer) -> list[Row]:
     """Returns the `_score_eval` rows of a row: one for each answer choice.
 
-    A choice is correct if its text equals the target's text, or, in a row without text, if its ids
-    equal the target's.
+    A choice is correct if its text equals the target's text or, if the target has no text, if its
+    ids equal the target's.
 
     Args:
       row: a row of the plain task.

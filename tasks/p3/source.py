@@ -41,8 +41,8 @@ class Settings:
     Attributes:
       vocabulary: its file is read when it is first used.
       p3_dir: P3_DIR. If it is a URL, it can only be read as seqio's cache.
-      eval_examples: number of examples to use of every split but `train`, from its start; None:
-        all.
+      eval_examples: maximum number of examples of every split but `train`, counted from its start;
+        None: all.
     """
 
     vocabulary: seqio.Vocabulary
@@ -127,7 +127,7 @@ class P3Source(seqio.DataSource):
         return self.reader(split).num_rows
 
     def row_indices(self, split: str) -> np.ndarray:
-        """Returns the indices of the rows to use of a split: int64.
+        """Returns the indices of those rows of a split that are used: int64.
 
         Rows of a `_score_eval` task are in the order of examples and choices.
         """

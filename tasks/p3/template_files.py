@@ -99,7 +99,7 @@ def _check_yaml_size(path: pathlib.Path, text: str) -> None:
 
 
 def _make_template(where: str, fields: object) -> Template:
-    """Returns the template of an entry; InputError, which `where` begins, for a wrong field."""
+    """Returns the template of an entry; a wrong field raises an InputError that names `where`."""
     if not isinstance(fields, dict):
         raise InputError(f"{where}: expected an object, got {fields!r:.40}")
     for name, types in (("name", str), ("jinja", str), ("answer_choices", str | None)):

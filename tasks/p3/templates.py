@@ -7,8 +7,8 @@ A template is applied to an example as promptsource did when P3 was generated:
   and `jinja` sees them as the list `answer_choices`;
 - `|||` in a text of the example does not split (in a list of texts it does);
 - the value of `{{ }}` becomes a string. In `jinja`, a value of more than 2,053 characters is cut to
-  at most 2,048, at the end of a word, with `...`. Of `{{ a + b }}` only `b` is cut, because a
-  filter binds more tightly;
+  at most 2,048, at the end of a word, with `...`. In `{{ a + b }}` only `b` is cut, because a
+  filter binds more tightly than `+`;
 - hyphens in names of fields become underscores;
 - an example whose rendering does not have two parts, or has an empty input, has no prompt. An
   empty target becomes `<NO LABEL>`.
@@ -170,7 +170,7 @@ class Template:
 def _hide_bars(value: object) -> object:
     """Returns a field as templates see it: `|||` is replaced by a mark, and bytes are decoded.
 
-    Of a list, only bytes are changed, because promptsource leaves texts in lists as they are.
+    In a list, only bytes are changed, because promptsource leaves texts in lists as they are.
     """
     if isinstance(value, list):
         return [_hide_bars(item) if isinstance(item, bytes) else item for item in value]
@@ -190,6 +190,7 @@ def _show_bars(text: str) -> str:
 
 # Filters of jinja and methods of str whose output may be much larger than their input. They are
 # removed: none of promptsource's 2,085 templates uses one.
+# (Tuples in the tuple, so that the formatter keeps several names on a line.)
 _UNBOUNDED_FILTERS = (
     *("batch", "center", "indent", "pprint", "slice", "sum", "tojson", "urlize", "wordwrap"),
     "xmlattr",

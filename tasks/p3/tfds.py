@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.core.errors import InputError, first_line, plural
 from pemoe_jax.data.tfrecords import TFRecordFile
 from pemoe_jax.runtime.file_io import read_json
 from pemoe_jax.tasks.p3.tables import Example, Splits, Table
@@ -135,7 +135,10 @@ def _list_splits(folder: pathlib.Path) -> Splits:
         ]
         for file in files:
             if not file.is_file():
-                raise InputError(f"{file}: no such file, expected {count} by dataset_info.json")
+                raise InputError(
+                    f"{file}: no such file, but dataset_info.json lists"
+                    f" {plural(count, 'shard')} of the split"
+                )
         if files:
             splits[split["name"]] = files
     return splits
@@ -183,7 +186,7 @@ class TfdsTable(Table):
             }
         except Exception as error:  # protobuf and tensorflow-datasets each raise their own types
             raise InputError(
-                f"{path}: not an example by features.json: {first_line(error)}"
+                f"{path}: not an example of the features in features.json: {first_line(error)}"
             ) from None
         # The builder's own fields stay, under their own names.
         derived = {field.name: self._derive(field, example) for field in self._builder.fields}

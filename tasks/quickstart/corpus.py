@@ -5,7 +5,7 @@ such as what it is about, how a person feels or who is meant. It has no question
 list of options and no answer.
 
 **Scraps** are lines of headings (words of the prompts in random order), texts, statements, words
-and lists, none of which has to do with the others. Question marks and lists of options occur only
+and lists that have nothing to do with one another. Question marks and lists of options occur only
 in scraps. So a model of this text has the skills, but it continues a question with anything at all,
 until instruction tuning teaches it that questions are answered. Scraps contain every word of the
 prompts, because adapters are trained with frozen embeddings.
@@ -281,7 +281,7 @@ def _sentence(rng: TextRng) -> str:
 
 
 def scraps(rng: TextRng) -> str:
-    """Returns headings, texts, words and lists, none of which has to do with the others."""
+    """Returns headings, texts, words and lists that have nothing to do with one another."""
     # The parts of a prompt come in any order, and then anything at all in the place of the answer.
     # A text may have two sentences that have to do with each other. It comes before all headings,
     # so that no heading is followed by such a pair.

@@ -1,7 +1,7 @@
 """Datasets of the quickstart's sample: functions that draw rows, and prompts that render them.
 
 A row has values for the fields of templates, all options, and the correct option. A prompt is a
-template in `prompts.json`. It has labels if it asks for other words than the options.
+template in `prompts.json`, with labels if its answers are other words than the options.
 """
 
 from __future__ import annotations

@@ -2,11 +2,10 @@
 
 The world's facts are co-occurrences: eight topics with their things, places and jobs; positive and
 negative adjectives; feelings and how people show them; needs and what satisfies them; names; past
-and future. The pretraining text (`corpus`) and the tasks (`prompts`) are generated from
-them.
+and future. From these facts, `corpus` generates the pretraining text and `prompts` the tasks.
 
-Any change of the number or the order of random draws changes all texts that are generated after
-it. That would change the committed tasks in `sample/`, which a test regenerates and compares.
+Any change to the number or the order of random draws changes all texts that are drawn afterwards,
+and so the committed tasks in `sample/`, which a test regenerates and compares.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def test_a_choice_without_tokens_is_an_error(registered, empty):
     rows = [choice_row(0, choice, 20, correct=choice == 0) for choice in range(2)]
     rows[1]["targets"] = empty  # its score would be 0, and win
     data_tasks.add_rows("users_scored", rows)
-    message = "users_scored: example 1: choice 1: expected a token in 'targets', got none"
+    message = "users_scored: example 1: choice 2: expected a token in 'targets', got none"
     with pytest.raises(InputError, match=message):
         choices.load_choice_groups("users_scored", LENGTHS)
 

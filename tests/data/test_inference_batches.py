@@ -107,7 +107,9 @@ def test_wide_groups_come_in_smaller_batches():
     assert rows == [4] * 5 + [32]  # 6 would fit, 4 is a multiple of 4
     batch, _ = next(inference_batches.score_batches(groups, 32, multiple_of=8, max_target_tokens=1))
     assert len(batch["encoder_input_tokens"]) == 8
-    with pytest.raises(InputError, match="BATCH_SIZE must be a multiple of .* devices, 4, got 30"):
+    with pytest.raises(
+        InputError, match="BATCH_SIZE must be a multiple of .*-parallel size, 4, got"
+    ):
         next(inference_batches.score_batches(groups, 30, multiple_of=4))
 
 

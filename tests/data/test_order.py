@@ -188,7 +188,7 @@ def test_order_ends_with_the_first_exhausted_task(epochs):
         ([3], [math.inf], "task 0: rate must be finite and at least 0, got inf"),
         ([3, 2], [0, 0], "expected a task with a rate above 0, got none"),
         ([3, 2], [1], "expected one rate for each task, got 1 for 2"),
-        ([], [], "expected one rate for each task, got 0 for 0"),
+        ([], [], "expected at least one task, got none"),
     ],
 )
 def test_wrong_arguments_raise(sizes, rates, message):

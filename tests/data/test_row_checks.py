@@ -79,12 +79,12 @@ def test_token_ids_belong_to_the_vocabulary():
         ({"is_correct": "False"}, "'is_correct' must be true or false, got str \"False\""),
         ({"is_correct": 0.5}, "'is_correct' must be true or false, got float 0.5"),
         ({"is_correct": 2}, "'is_correct' must be true or false, got int 2"),
-        ({"is_correct": None}, "expected 'idx' and 'is_correct', got idx, is_correct"),
+        ({"is_correct": None}, "expected 'idx' and 'is_correct', got idx"),
         ({"idx": 3}, "'idx' must be [example, choice], two non-negative integers, got int 3"),
         ({"idx": [3]}, "'idx' must be [example, choice], two non-negative integers, got list [3]"),
         ({"idx": [3, "1"]}, "'idx' must be [example, choice], two non-negative integers, got list"),
         ({"idx": [-1, 0]}, "'idx' must be [example, choice], two non-negative integers, got list"),
-        ({"weight": "1"}, "'weight' must be a number, got str \"1\""),
+        ({"weight": "1"}, "'weight' must be a finite number, got str \"1\""),
     ],
 )
 def test_wrong_types_of_choice_rows(change, message):

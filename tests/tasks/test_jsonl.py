@@ -329,7 +329,7 @@ def test_folder_errors(tmp_path, vocab):
         error = register_error(task.parent, vocab)
         assert error.startswith(f"{task}: expected {expected}") and error.endswith(f", got {name}")
     write(tmp_path / "name", "a b", "train", [("a", "b")])
-    assert "may hold letters, digits" in register_error(tmp_path / "name", vocab)
+    assert "must have only letters, digits" in register_error(tmp_path / "name", vocab)
     write(tmp_path / "reserved", "t", "train", [("a", "b")])
     write(tmp_path / "reserved", "t_score_eval", "train", [("a", "b")])
     assert "the name 't_score_eval' is reserved" in register_error(tmp_path / "reserved", vocab)

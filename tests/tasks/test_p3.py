@@ -460,7 +460,7 @@ def test_damaged_tfrecords(p3, tmp_path, forms):
     assert str(path) in score()
     path.write_bytes(whole)
     (path.parent / "stats.validation.json").write_text('{"examples": 3}')
-    assert "expected 3 rows by its stats, got 100" in score()
+    assert "expected 3 rows, as stats.validation.json states, got 100" in score()
     (path.parent / "COMPLETED").unlink()
     assert "COMPLETED" in score()
 

@@ -269,9 +269,9 @@ def test_damaged_and_missing_tfrecords(prepared, tmp_path):
     garbage = b"\x93" * 40
     checksum = tfrecords.masked_checksum(garbage).to_bytes(4, "little")
     path.write_bytes((40).to_bytes(8, "little") + bytes(4) + garbage + checksum)
-    assert message().startswith(f"{path}: not an example by features.json: ")
+    assert message().startswith(f"{path}: not an example of the features in features.json: ")
     path.unlink()
-    assert message() == f"{path}: no such file, expected 1 by dataset_info.json"
+    assert message() == f"{path}: no such file, but dataset_info.json lists 1 shard of the split"
     (folder / "dataset_info.json").write_text(json.dumps(info | {"fileFormat": "array_record"}))
     assert "expected the format tfrecord, got array_record" in message()
 

@@ -122,7 +122,7 @@ def test_fingerprints(tmp_path):
     assert first == copy and len({first, *others}) == 3
     seqio_tasks.check_vocabulary("run", first, loaded[1])
     seqio_tasks.check_vocabulary("run", None, loaded[2])
-    with pytest.raises(InputError, match=f"that run was trained with, of fingerprint {first}, got"):
+    with pytest.raises(InputError, match=f"that run was trained with .fingerprint {first}., got"):
         seqio_tasks.check_vocabulary("run", first, loaded[2])
 
 
