@@ -257,8 +257,10 @@ def describe_odd_rows(
         if kind in places:
             count = len(places[kind]) if counts is None else counts[kind]
             shown = ", ".join(places[kind][:2])
-            more = f", … {len(places[kind]) - 2} more" if len(places[kind]) > 2 else ""
-            lines.append(f"odd rows: {text}: {count:,} ({shown}{more})")
+            if len(places[kind]) > 2:
+                # With `counts`, the number of the other places is not that of the other rows.
+                shown += ", …" if counts is not None else f", … {len(places[kind]) - 2} more"
+            lines.append(f"odd rows: {text}: {count:,} ({shown})")
     return lines
 
 

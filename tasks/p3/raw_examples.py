@@ -1,7 +1,7 @@
 """Finds the examples of P3's datasets, which templates turn into prompts.
 
-They may be in the folders `raw/`, `huggingface/` and `tfds/` of P3_DIR, each of which may be a link
-and may hold
+The examples may be in P3_DIR's folders `raw/`, `huggingface/` and `tfds/`. Each of these may be a
+link, and may hold
 
 - `<dataset>[/<subset>]/<split>*.parquet` or `<split>.jsonl`;
 - `<dataset>[/<subset>]/` as `datasets.save_to_disk` writes it;

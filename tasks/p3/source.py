@@ -39,7 +39,7 @@ class Settings:
     """Settings that all tasks share and `p3.register` changes. It is also the readers' tokenizer.
 
     Attributes:
-      vocabulary: its file is read when it is first used.
+      vocabulary: a vocabulary whose file is read at its first use.
       p3_dir: P3_DIR. If it is a URL, it can only be read as seqio's cache.
       eval_examples: maximum number of examples of every split but `train`, counted from its start;
         None: all.

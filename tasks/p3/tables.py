@@ -46,7 +46,7 @@ Splits = dict[str, list[pathlib.Path]]  # split -> its files
 class Table(abc.ABC):
     """Examples of a split, read by number.
 
-    They are in parts, each of which is read separately: files, row groups or record batches.
+    A table has parts, each of which is read separately: files, row groups or record batches.
     """
 
     def __init__(self, paths: Sequence[pathlib.Path]) -> None:
@@ -164,7 +164,7 @@ def _read_row_group(path: str, group: int, file: pyarrow.parquet.ParquetFile) ->
     # values and not rows, because a list may have any number of values.
     size = sum(column.num_values * _WIDTHS.get(column.physical_type, 4) for column in columns)
     texts = [column for column in columns if column.physical_type == "BYTE_ARRAY"]
-    # A column stores each different text once, so a text is at most as long as the whole column.
+    # A column stores each different text at least once, so no text is longer than the column.
     max_text_size = sum(column.num_values * column.total_uncompressed_size for column in texts)
     if size <= limit < size + max_text_size:
         # Read in dictionary form, in which repeated texts take no memory, to sum up their lengths.
@@ -357,7 +357,7 @@ def find_splits(folder: pathlib.Path) -> Splits:
             compressed.setdefault(re.split(r"[-.]", path.name)[0], []).append(path)
     for split in compressed.keys() - splits:
         raise InputError(f"{compressed[split][0]}: expected a file that is not compressed")
-    # If a split has files in both formats, only those of the format that sorts first are used.
+    # If a split has files in both formats, only those of its first file's format are used.
     return {
         split: [path for path in paths if path.suffix == paths[0].suffix]
         for split, paths in splits.items()

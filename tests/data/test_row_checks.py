@@ -105,3 +105,5 @@ def test_odd_rows_are_counted_by_kind():
     assert row_checks.describe_odd_rows(rows[:1], counts) == [
         "odd rows: empty inputs: 1,000 (t example 4)"
     ]
+    *_, line = row_checks.describe_odd_rows(rows, counts)  # a place may stand for several rows
+    assert line == "odd rows: empty inputs: 1,000 (t example 4, u example 7, …)"
