@@ -133,13 +133,11 @@ def register(
             "VOCAB_PATH is not set: pass --gin.VOCAB_PATH=… with the base model's SentencePiece"
             " file, or 'bytes' for ByT5"
         )
-    for name, benchmark in (("MMLU_DIR", "mmlu"), ("BBH_DIR", "bbh")):
-        if macro == name:
-            hint = f"pass --gin_file=runs/{benchmark}.gin, or MIXTURE_OR_TASK_NAME={benchmark}"
-            for mixture in ("jsonl_decode", "jsonl_train", "jsonl_score_eval"):
-                seqio_tasks.unavailable[mixture] = (
-                    f"it is a mixture of JSONL_DIR: with {name} {hint}"
-                )
+    benchmark = {"MMLU_DIR": "mmlu", "BBH_DIR": "bbh"}.get(macro)
+    if benchmark is not None:
+        hint = f"pass --gin_file=runs/{benchmark}.gin, or MIXTURE_OR_TASK_NAME={benchmark}"
+        for mixture in ("jsonl_decode", "jsonl_train", "jsonl_score_eval"):
+            seqio_tasks.unavailable[mixture] = f"it is a mixture of JSONL_DIR: with {macro} {hint}"
     if mmlu_dir is not None:
         from pemoe_jax.tasks import mmlu
 

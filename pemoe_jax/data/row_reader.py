@@ -29,13 +29,15 @@ READ_SIZE = 512  # rows read at a time when all rows are read in order
 
 # Feature -> the kind of list that holds it in a tf.train.Example.
 _KINDS = {
-    **dict.fromkeys((*TEXT_FEATURES, "idx", "is_correct"), "int64_list"),
-    **{
-        f"{key}_{kind}": "bytes_list"
-        for key in TEXT_FEATURES
-        for kind in ("pretokenized", "plaintext")
-    },
+    "inputs": "int64_list",
+    "targets": "int64_list",
+    "inputs_pretokenized": "bytes_list",
+    "targets_pretokenized": "bytes_list",
+    "inputs_plaintext": "bytes_list",  # old caches have _plaintext instead of _pretokenized
+    "targets_plaintext": "bytes_list",
     "answer_choices": "bytes_list",
+    "idx": "int64_list",
+    "is_correct": "int64_list",
     "weight": "float_list",
 }
 
@@ -99,7 +101,7 @@ def parse(record: bytes) -> Row:
         if key in features:
             row[key] = list(features[key].int64_list.value)
     for key in TEXT_FEATURES:
-        for name in (f"{key}_pretokenized", f"{key}_plaintext"):  # old caches have _plaintext
+        for name in (f"{key}_pretokenized", f"{key}_plaintext"):
             if name in features:
                 row[f"{key}_pretokenized"] = b"".join(features[name].bytes_list.value)
                 break
