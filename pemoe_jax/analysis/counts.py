@@ -173,7 +173,7 @@ def count_parameters(
 
 
 def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
-    """Returns a table of methods on one base, and a table of their parameters at each site."""
+    """Returns a table of methods on one base, and one of their parameters by site, if any have."""
     published = [_published_share(count) for count in counts]
     # Heading -> cells. Columns that no method needs are deleted below.
     columns = {
@@ -211,7 +211,7 @@ def method_tables(name: str, counts: Sequence[ParameterCount]) -> list[Table]:
 
 
 def site_tables(name: str, count: ParameterCount) -> list[Table]:
-    """Returns a table of one method's totals, and a table of its counts at each site."""
+    """Returns a table of one method's totals, and one of its counts by site, if it has any."""
     summary = method_tables(name, [count])[0]
     if not count.sites:
         return [summary]

@@ -38,7 +38,7 @@ class Task:
     name: str
     dataset: str
     split: str
-    evaluator: Any  # seqio.Evaluator
+    evaluator: Any  # seqio.Evaluator; None for a task of plain texts
     vocabulary: Any  # seqio.Vocabulary
     inputs: list[np.ndarray] = dataclasses.field(default_factory=list)  # int32 [Li] each
     input_texts: list[str] = dataclasses.field(default_factory=list)
@@ -71,7 +71,7 @@ class Task:
 def read_tasks(data: options.Data, lengths: Mapping[str, int], task_roles: TaskRoles) -> list[Task]:
     """Returns the tasks of a mixture with their examples.
 
-    Tasks without data, an evaluation split or examples are skipped, and a printed line names them.
+    A task that has no data, no evaluation split or no examples is skipped, and a line is printed.
 
     Raises:
       InputError: all tasks would be skipped, or a task cannot be read or decoded.

@@ -37,7 +37,7 @@ TINY = ["--gin_file=models/t5_1_1_tiny.gin", "--gin_file=methods/mov.gin"]
             ["--mesh=1x1", "--mesh=2x1", "--batch_size=3"],
             "BATCH_SIZE must be a positive multiple of 2",
         ),
-        (["--mesh=64x1"], "--mesh must have at most 2 devices, as this process has, got 64x1"),
+        (["--mesh=64x1"], "--mesh must have at most 2 devices (those of this process), got 64x1"),
         (["--batch_size=0"], "--batch_size must be at least 1, got 0"),
         (["--microbatches=0"], "--microbatches must be at least 1, got 0"),
         (["--microbatches=3", "--batch_size=4"], "× 3 microbatches"),

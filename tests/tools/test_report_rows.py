@@ -110,7 +110,7 @@ def test_seeds_are_dots_on_their_bar(tmp_path, monkeypatch):
     title, dots, widths = panels[0]
     assert title == "ANLI" and widths == [65.0]
     assert dots == [[[50.0, 0.0], [80.0, 0.0]]]
-    assert "dots: seeds" in panels[-1]
+    assert "dots: single seeds" in panels[-1]
 
 
 # --- costs ---

@@ -136,7 +136,7 @@ def make_mesh(step: TrainStep, layout: MeshLayout) -> Mesh:
     devices = jax.devices("cpu")
     if len(devices) < layout.devices:
         raise InputError(
-            f"--mesh must have at most {len(devices)} devices, as this process has, got {layout}"
+            f"--mesh must have at most {len(devices)} devices (those of this process), got {layout}"
         )
     mesh = partitioning.make_mesh(layout.model, devices[: layout.devices], layout.expert)
     partitioning.check_batch_size(step.batch_size, mesh, step.microbatches)

@@ -1,8 +1,9 @@
-"""Measures which tokens the experts of sparse layers would compute, and drop, in training.
+"""Counts the tokens that the experts of sparse layers are assigned, and compute, in training.
 
-Evaluation has no capacity limit by default, so it drops nothing. This probe therefore lays out
-examples in rows as training does, and runs the model in training mode: with the capacity limit,
-GShard's random second expert and jitter, but without dropout.
+Assigned tokens beyond an expert's capacity are dropped. By default, evaluation has no capacity
+limit and drops nothing. This probe therefore lays out examples in rows as training does, and runs
+the model in training mode: with the capacity limit, GShard's random second expert and jitter, but
+without dropout.
 
 Shapes: `B` rows of `L` tokens, `E` experts, `T` tasks.
 """

@@ -1,6 +1,7 @@
 """Selects tasks and routers, reads examples and accumulates router probabilities over them.
 
-Functions import jax and seqio when they run, so that `pemoe routes --help` does without them.
+jax and seqio are imported within the functions that need them, which keeps `pemoe routes --help`
+fast.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pemoe_jax.runtime import progress
     from pemoe_jax.tasks import TaskRoles
 
-# Examples of each task: even tasks with short targets then have about a hundred target tokens.
+# Examples per task: enough for about a hundred target tokens even in tasks with short targets.
 DEFAULT_EXAMPLES = 32
 _SCORE_SUFFIX = "_score_eval"  # of tasks that have a row for each answer choice
 
@@ -70,7 +71,7 @@ def select_tasks(
 
 
 def _check_patterns(setting: str, kind: str, patterns: object) -> Sequence[str]:
-    """Returns a list of patterns, also for a single one; raises InputError for other values."""
+    """Returns the patterns as a sequence, also a single one; raises InputError for other values."""
     patterns = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
         raise InputError(f"{setting} must be a list of {kind} patterns, got {patterns!r}")
@@ -78,7 +79,7 @@ def _check_patterns(setting: str, kind: str, patterns: object) -> Sequence[str]:
 
 
 def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[str]:
-    """Returns the tasks with data of a mixture, or those among `names` that match a pattern."""
+    """Returns the tasks with data that are in the mixture `pattern`, or whose names match it."""
     from pemoe_jax.data import seqio_import, seqio_tasks
 
     if pattern in seqio_import.import_seqio().MixtureRegistry.names():
@@ -99,7 +100,7 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
 
 
 def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
-    """Returns the tasks that have data, with the scored task in place of a `_score_eval` task."""
+    """Returns the tasks that have data; `<task>` replaces `<task>_score_eval` if it has some."""
     from pemoe_jax.data import seqio_import, seqio_tasks
 
     registry = seqio_import.import_seqio().TaskRegistry.names()
@@ -130,7 +131,7 @@ def _tasks_by_role(task_roles: "TaskRoles", use_cached: bool) -> list[str]:
 
 
 def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
-    """Returns the first task of each dataset of {task: dataset}."""
+    """Returns the first task of each dataset, from {task: dataset}."""
     first: dict[str, str] = {}
     for name, dataset in datasets.items():
         first.setdefault(dataset, name)
@@ -140,8 +141,8 @@ def first_task_per_dataset(datasets: Mapping[str, str]) -> list[str]:
 def trained_datasets(opened: "models.OpenedModel", task_roles: "TaskRoles") -> set[str] | None:
     """Returns the datasets that a run was trained on.
 
-    If that is not recorded (base models, adapters of other tools), it is assumed to be all
-    registered training datasets. None if the registered tasks have no roles either.
+    If the run has no record of them (base models, adapters of other tools), all registered training
+    datasets are assumed. None if the registered tasks have no roles either.
     """
     recorded = getattr(opened.record, "trained_datasets", None)
     if recorded is not None:
@@ -175,11 +176,11 @@ def read_examples(
     max_examples: int,
     use_cached: bool = False,
 ) -> "list[ChoiceGroup]":
-    """Returns a task's first examples as choice groups that hold the correct answer alone.
+    """Returns a task's first examples, each an input with its correct answer as the only choice.
 
     Args:
       name: a task; the rows of a `_score_eval` task are grouped by example.
-      task_feature_lengths: maximum numbers of tokens of 'inputs' and 'targets', which truncate.
+      task_feature_lengths: numbers of tokens that 'inputs' and 'targets' are truncated to.
       max_examples: maximum number of examples to read.
       use_cached: whether to read seqio's offline caches.
 
@@ -253,7 +254,7 @@ def keep_correct_choice(group: "ChoiceGroup") -> "ChoiceGroup":
 
 
 def example_tasks(groups: "Mapping[str, Sequence[ChoiceGroup]]") -> np.ndarray:
-    """Returns the index of the task of each example, [N]."""
+    """Returns the index of each example's task, [N], for {task: its examples}."""
     return np.repeat(np.arange(len(groups)), [len(members) for members in groups.values()])
 
 
@@ -266,14 +267,15 @@ def measure_examples(
     token_sites: Collection[str] = (),
     bar: "progress.Progress | None" = None,
 ) -> "probe_lib.ProbeTotals":
-    """Sums router probabilities and entropies over the tokens of each example, as NumPy arrays.
+    """Sums router probabilities and entropies over the tokens of each example.
 
-    The decoder reads the correct answers.
+    The decoder reads the correct answers. The result has NumPy arrays, with N examples in place of
+    T tasks.
 
     Args:
       model: network with routers.
       params: its parameters, replicated on every device.
-      groups: {task: its examples}; the totals, [N, …], follow this order.
+      groups: {task: its examples}; the totals have the examples in this order.
       batch_size: examples per batch, over all devices.
       mesh: the devices.
       token_sites: sites whose probabilities are also summed by token id.
@@ -316,10 +318,10 @@ def measure_examples(
 def sum_by_task(
     examples: "probe_lib.ProbeTotals", names: Sequence[str], tasks: np.ndarray
 ) -> "probe_lib.ProbeTotals":
-    """Sums totals by example over the examples of each task.
+    """Adds up the totals of the examples of each task.
 
     Args:
-      examples: totals with a row for each of N examples.
+      examples: totals with N examples in place of T tasks, from `measure_examples`.
       names: names of the tasks.
       tasks: index of each example's task, [N].
 
@@ -328,7 +330,7 @@ def sum_by_task(
     """
 
     def sums(array: Any) -> Any:
-        # Accumulated in float64 and rounded once, to float32.
+        # Sums in float64 are rounded only once, to float32.
         by_task = np.zeros((len(names), *array.shape[1:]), np.float64)
         np.add.at(by_task, tasks, array)
         return by_task.astype(np.float32)
@@ -373,8 +375,8 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
 
     Args:
       patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None selects
-        the last block with routers (the last decoder block, as in arXiv 2309.05444): its sites with
-        as many experts as its last site. If the last site is a sparse layer, it selects the last
+        the last layer with routers (in arXiv 2309.05444, the last decoder layer): its sites with as
+        many experts as its last site. If the last site is a sparse layer, None selects the last
         sparse layer of each stack instead.
       num_experts: {site: E} of every router.
 
@@ -389,28 +391,31 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
             sparse_sites = filter(routing.is_sparse_layer, num_experts)
             # Later sites of a stack replace earlier ones.
             return list({site.partition("/")[0]: site for site in sparse_sites}.values())
-        block = last.rsplit("/", 2)[0] + "/"
+        layer = last.rsplit("/", 2)[0] + "/"
         return [
             site
             for site, size in num_experts.items()
-            if site.startswith(block) and size == num_experts[last]
+            if site.startswith(layer) and size == num_experts[last]
         ]
     patterns = _check_patterns("ROUTES_SITES", "site", patterns)
     selected: set[str] = set()
     for pattern in patterns:
         matches = fnmatch.filter(num_experts, pattern)
         if not matches:
+            # With the cutoff 0, there always is a closest site.
             close = difflib.get_close_matches(pattern.strip("*"), num_experts, n=1, cutoff=0.0)
             raise InputError(
                 f"ROUTES_SITES: {pattern!r} matches none of the {len(num_experts)} sites with"
                 f" routers, such as {close[0]!r}"
             )
         selected.update(matches)
-    # Maps and distances share a column per expert across sites.
+    if not selected:
+        raise InputError("ROUTES_SITES must name at least one site, got []")
+    # All sites of a map have the same columns, one for each expert.
     sizes = {num_experts[site] for site in selected}
     if len(sizes) != 1:
         raise InputError(
-            "ROUTES_SITES must select at least one site, all with the same number of experts, got"
-            f" sites with {' and '.join(map(str, sorted(sizes))) or 'no'} experts"
+            "ROUTES_SITES must select sites with the same number of experts, got sites with"
+            f" {' and '.join(map(str, sorted(sizes)))} experts"
         )
     return [site for site in num_experts if site in selected]

@@ -2,9 +2,9 @@
 
 Each draw takes as many examples as the dataset has, with replacement, and the interval is the
 middle 95 % of the accuracies of all draws. Prompts stay fixed. All prompts of a dataset ask about
-the same examples, so an example is drawn with all of its prompts: resampling each prompt by itself
-would treat CB's 56 examples under fifteen prompts as 840 independent ones. The interval covers
-neither the choice of prompts nor another training run.
+the same examples, so an example is drawn for all of its prompts at once: resampling each prompt by
+itself would treat CB's 56 examples under fifteen prompts as 840 independent ones. The interval does
+not cover other prompts or other training runs.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def resampled_accuracies(
 ) -> np.ndarray:
     """Returns a dataset's accuracies under resampled examples.
 
-    Runs with the same examples get the same draws, whatever other datasets they have.
+    All runs with the same examples of a dataset get the same draws.
 
     Args:
       prompts: for each prompt, the indices of its examples in the dataset, and whether each answer
         is correct, both [N]. The indices of ANLI's three rounds all start at 0, so one index can
-        stand for an example of each round. These are drawn together, which does no harm: answers
-        to different examples are independent under common draws too.
+        stand for an example of each round. The three are drawn together, which does no harm,
+        because answers to different examples are independent anyway.
       draws: number of draws.
       seed: seed of the draws, combined with the dataset's name.
       dataset: name of the dataset.

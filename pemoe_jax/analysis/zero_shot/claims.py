@@ -9,7 +9,7 @@ randomness, each interval with the other source fixed:
   adapters and another order of the data, on these prompts.
 - prompts: a bootstrap over the differences averaged over seeds. In each dataset, it draws prompts
   and examples independently of each other and with replacement. It covers other prompts and
-  examples of these datasets. An example is drawn with all of its prompts, see `bootstrap`.
+  examples of these datasets. A drawn example counts under all drawn prompts, see `bootstrap`.
 
 `VERDICT_RULE` was fixed before any result was seen. Intervals are those of single claims; they are
 not corrected for the number of claims.
@@ -71,15 +71,15 @@ class Claim:
 
     @property
     def bound(self) -> float:
-        """Percentage points that the difference must exceed, see `VERDICT_RULE`."""
+        """Percentage points that both intervals must exceed, see `VERDICT_RULE`."""
         return 0.0 if self.expect == "better" else -self.margin
 
 
 class Result(TypedDict):
     """The measurement of a claim, in percentage points; intervals are None if unknown."""
 
-    seeds: list[int]  # those that all experiments of the claim have
-    differences: list[float]  # one for each seed
+    seeds: list[int]  # the seeds that all experiments of the claim have
+    differences: list[float]  # the difference of each seed
     difference: float | None
     seed_interval: list[float] | None
     prompt_interval: list[float] | None
@@ -100,7 +100,9 @@ def load_claims(file: Path) -> list[Claim]:
         claims = [_parse_claim(entry) for entry in entries]
     except OSError as error:
         raise InputError(f"{file}: expected a file of claims, got {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise InputError(f'{file}: expected {{"claims": […]}}, got no {error}') from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f'{file}: expected {{"claims": […]}}, got {error}') from None
     ids = [claim.id for claim in claims]
     if len(set(ids)) < len(ids) or not ids:
@@ -113,7 +115,7 @@ def _parse_claim(entry: Mapping[str, Any]) -> Claim:
     lists = {key: tuple(entry[key]) for key in ("plus", "minus", "datasets") if key in entry}
     claim = Claim(**{**entry, **lists})
     if not all(isinstance(getattr(claim, name), str) for name in _TEXTS):
-        raise ValueError(f"a claim without text: {entry}")
+        raise ValueError(f"a claim whose {', '.join(_TEXTS)} are not all text: {entry}")
     if claim.expect not in EXPECTATIONS or not claim.plus or len(claim.plus) != len(claim.minus):
         raise ValueError(
             f"{claim.id}, whose 'expect' must be one of {EXPECTATIONS} and whose 'plus' and 'minus'"
@@ -159,7 +161,8 @@ def measure(
         name: np.mean([contrasts[name] for contrasts in per_seed], axis=0) for name in per_seed[0]
     }
     resampled = [_draw(name, values, draws) for name, values in mean_contrasts.items()]
-    # Draw by draw: datasets are drawn independently and have equal weights.
+    # The mean over datasets is taken draw by draw. Datasets are drawn independently and have equal
+    # weights.
     prompt_interval = [100 * end for end in bootstrap.interval(np.mean(resampled, axis=0))]
     return Result(
         seeds=seeds,
@@ -184,7 +187,7 @@ def _mean_over_datasets(contrasts: Mapping[str, np.ndarray]) -> float:
 def _verdict(
     bound: float, seed_interval: Sequence[float] | None, prompt_interval: Sequence[float]
 ) -> str:
-    """Applies `VERDICT_RULE`; a single seed has no interval, so the claim stays undecided."""
+    """Applies `VERDICT_RULE`. With a single seed, which has no interval, a claim is undecided."""
     intervals = [seed_interval, prompt_interval]
     if all(ends is not None and ends[0] > bound for ends in intervals):
         return REPRODUCED
@@ -199,7 +202,7 @@ def _t_interval(values: Sequence[float]) -> list[float] | None:
         return None
     from scipy import stats
 
-    # Two-sided: of the 5 % outside, half is above the upper end.
+    # Two-sided: half of the 5 % outside the interval is above its upper end.
     quantile = float(stats.t.ppf((1 + bootstrap.LEVEL) / 2, len(values) - 1))
     half = quantile * statistics.stdev(values) / len(values) ** 0.5
     mean = statistics.fmean(values)
@@ -238,7 +241,7 @@ def _contrasts(
 
 
 def _load_answers(run: JsonObject, name: str, claim: Claim) -> dict[int, float]:
-    """Returns index of the example -> whether a run's answer is correct (0 or 1), for one task."""
+    """Returns, for one task, the index of each example -> 1.0 if the run's answer is correct."""
     task = run["tasks"].get(name)
     predictions = None if task is None else load_predictions(task[PREDICTIONS], name, task)
     if predictions is None:
@@ -248,16 +251,16 @@ def _load_answers(run: JsonObject, name: str, claim: Claim) -> dict[int, float]:
 
 
 def _matrix(prompts: Sequence[Mapping[int, float]]) -> np.ndarray:
-    """Returns the values of index -> value, for each prompt, as an array [prompts, examples]."""
+    """Returns {index of the example: value} of each prompt as an array [prompts, examples]."""
     indices = sorted(set().union(*prompts))
     return np.array([[prompt.get(index, np.nan) for index in indices] for prompt in prompts])
 
 
 def _draw(dataset: str, values: np.ndarray, draws: int) -> np.ndarray:
-    """Resamples prompts and examples `draws` times; returns the mean over both for each, [draws].
+    """Resamples prompts and examples, and returns the mean over both for each draw, [draws].
 
     Args:
-      dataset: name of the dataset, which seeds the draws: all claims draw it in the same way.
+      dataset: name of the dataset. It seeds the draws, so all claims draw the dataset alike.
       values: [prompts, examples], NaN for missing ones.
       draws: number of resamplings.
     """

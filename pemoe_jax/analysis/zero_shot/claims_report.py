@@ -102,9 +102,10 @@ def _costs(runs: Sequence[JsonObject]) -> JsonObject:
     """Returns the costs that are known, and the device.
 
     `step_seconds` and `evaluation_seconds` are means over seeds, in seconds. `peak_memory` is the
-    largest of all seeds, in bytes, or None if no seed recorded it.
+    largest of all seeds, in bytes, or None if no seed recorded it. Without step times, the device
+    and the memory are left out.
     """
-    # A run may have trained on several machines; the first one counts.
+    # If a run has trained on several machines, its entry for the first one counts.
     steps = [run["step_times"][0] for run in runs if run.get("step_times")]
     costs = {
         "step_seconds": [entry["seconds"] for entry in steps],
@@ -235,7 +236,7 @@ def _accuracy(value: float | None) -> str:
 
 
 def draw_forest(report: JsonObject, png: Path) -> Path:
-    """Draws a line per claim: its difference, that of each seed, and both intervals."""
+    """Draws a line per claim: its difference, the difference of each seed, and both intervals."""
     pyplot = plots.import_pyplot()
     claims = [claim for claim in report["claims"] if claim["difference"] is not None]
     labels = [claim["claim"] for claim in claims]
@@ -243,30 +244,30 @@ def draw_forest(report: JsonObject, png: Path) -> Path:
     height = 1.3 + 0.42 * len(claims)
     width = left + 5.2
     figure = pyplot.figure(figsize=(width, height))
-    axis = figure.add_axes((left / width, 0.75 / height, 4.6 / width, (height - 1.3) / height))
+    ax = figure.add_axes((left / width, 0.75 / height, 4.6 / width, (height - 1.3) / height))
     for row, claim in enumerate(claims):
         color = _COLORS[claim["verdict"]]
         # In units of a line, seeds are drawn 0.12 above its middle and prompts 0.16 below.
         if claim["seed_interval"]:
-            axis.plot(claim["seed_interval"], [row - 0.12] * 2, color=color, lw=2.6)
-        axis.plot(claim["prompt_interval"], [row + 0.16] * 2, color=color, lw=1.0)
+            ax.plot(claim["seed_interval"], [row - 0.12] * 2, color=color, lw=2.6)
+        ax.plot(claim["prompt_interval"], [row + 0.16] * 2, color=color, lw=1.0)
         bound = 0.0 if claim["expect"] == "better" else -claim["margin"]
-        axis.plot([bound] * 2, [row - 0.4, row + 0.4], color=plots.TEXT_COLOR, lw=1.0)
+        ax.plot([bound] * 2, [row - 0.4, row + 0.4], color=plots.TEXT_COLOR, lw=1.0)
         seeds = claim["differences"]
         style = {"fc": "white", "ec": color, "lw": 0.9, "zorder": 3}
-        axis.scatter(seeds, [row - 0.12] * len(seeds), s=12, **style)
-        axis.scatter([claim["difference"]], [row - 0.12], s=34, c=color, zorder=4)
-    axis.axvline(0, color=plots.MUTED_COLOR, lw=0.8)
-    axis.set_yticks(range(len(claims)), labels, size=9)
-    axis.set_ylim(len(claims) - 0.5, -0.5)
-    axis.tick_params(length=0)
-    axis.set_xlabel("difference in percentage points")
+        ax.scatter(seeds, [row - 0.12] * len(seeds), s=12, **style)
+        ax.scatter([claim["difference"]], [row - 0.12], s=34, c=color, zorder=4)
+    ax.axvline(0, color=plots.MUTED_COLOR, lw=0.8)
+    ax.set_yticks(range(len(claims)), labels, size=9)
+    ax.set_ylim(len(claims) - 0.5, -0.5)
+    ax.tick_params(length=0)
+    ax.set_xlabel("difference in percentage points")
     handles = [
         pyplot.Line2D([], [], color=_COLORS[verdict], marker="o", lw=2, label=verdict)
         for verdict in dict.fromkeys(claim["verdict"] for claim in claims)
     ]
     if handles:
-        axis.legend(
+        ax.legend(
             handles=handles,
             loc="lower left",
             bbox_to_anchor=(0, 1),

@@ -11,8 +11,8 @@ from pemoe_jax.runtime import file_io
 
 _NOTE = (
     "Accuracy (median over prompts) of the experiment with FROM minus that of the same experiment"
-    " without FROM, in percentage points: mean over pairs with the same seed ± standard deviation"
-    " (n - 1). * marks a dataset that both runs were trained on."
+    " without FROM, in percentage points: mean ± standard deviation (n - 1) over pairs of runs with"
+    " the same seed. * marks a dataset that both runs were trained on."
 )
 
 
@@ -30,7 +30,8 @@ def build_gains_table(pairs: Mapping[str, Sequence[tuple[Path, Path]]]) -> Table
         differences = rows.setdefault(experiment, {})
         for run_folder, direct_folder in folders:
             run, direct = map(_read_run, (run_folder, direct_folder))
-            # The direct run has only the experiment's datasets, on which the other run trained too.
+            # The direct run was trained on the experiment's datasets only, the other run on these
+            # and more.
             trained.setdefault(experiment, set()).update(direct.get("trained_datasets", ()))
             scores, direct_scores = _medians(run), _medians(direct)
             for name in scores.keys() & direct_scores.keys():

@@ -6,11 +6,11 @@ in the paper, ANLI is one column: median and mean are over the prompts of its th
 P3.
 
 Datasets that are not in the paper come after the average, which excludes them; if no dataset is in
-the paper, the average is over all. MMLU is one column, over the subjects that are its datasets.
+the paper, the average is over all. MMLU's subjects, which are datasets, share one column.
 
-Runs that differ only in the seed share a row, which holds means over seeds. Results of the same run
-with k solved examples in each input (`SHOTS`) are in this row too, in further columns after the
-zero-shot ones.
+Runs that differ only in the seed share a row, which holds means over seeds. Few-shot results of the
+same runs, with k solved examples in each input (`SHOTS`), are further columns of this row, after
+the zero-shot ones.
 """
 
 from __future__ import annotations
@@ -89,14 +89,17 @@ class Score:
 
 
 class Column(NamedTuple):
-    """A column of the paper, another dataset, or `AVERAGE`, with shots in front of the inputs."""
+    """A column of the table, for one number of shots: a dataset, or `AVERAGE`.
+
+    `name` is one of `published_numbers.COLUMNS`, the name of another dataset, or `AVERAGE`.
+    """
 
     name: str
     shots: Shots = NO_SHOTS
 
     @property
     def label(self) -> str:
-        """The name, with '5-shot' behind it if there are shots, and their seed unless it is 0."""
+        """The name, followed by '5-shot' if there are shots, and by their seed unless it is 0."""
         number, seed = self.shots
         words = [self.name, f"{number}-shot" if number else "", f"seed {seed}" if seed else ""]
         return " ".join(filter(None, words))
@@ -108,7 +111,7 @@ class StepTime:
 
     Attributes:
       device, batch: descriptions of the devices and of the batch.
-      seconds: seconds of each seed's median step.
+      seconds: for each seed, the time of the median step.
       memory: largest peak memory of all seeds, in bytes; None if unknown.
     """
 
@@ -138,11 +141,11 @@ class Row:
       percent: trainable parameters, in %.
       share: `percent` as text.
       scores: column -> score. An average is over the columns of `PaperTable.averaged` that the run
-        has; that of a published model is as published.
-      partial: the shots for which the run lacks columns of `PaperTable.averaged`.
+        has; the average of a published model is as published.
+      partial: those shots for which the run lacks columns of `PaperTable.averaged`.
       source: source of a published row; '' for a run.
       run: the `RUN_KEYS` of a run, and its `evaluation_seconds` if known, the mean over seeds.
-      step_times: one for each kind of device and batch; empty if unknown.
+      step_times: one entry for each kind of device and batch; empty if unknown.
       seeds: shots -> seeds of the runs, for shots with several runs.
     """
 
@@ -167,8 +170,9 @@ class PaperTable:
     """The zero-shot table.
 
     Attributes:
-      columns: datasets by shots, zero-shot first; of each, the paper's in its order, then others.
-        Columns without results are left out, except the paper's if there are published rows.
+      columns: columns of datasets, zero-shot ones first. For each number of shots, the paper's
+        columns come first, in its order. Columns without results are left out, except the paper's
+        if there are published rows.
       averaged: the columns that averages are over.
       rows: runs, then published rows.
       draws: number of bootstrap draws.
@@ -263,8 +267,8 @@ def _group_rows(runs: Sequence[JsonObject], seeds_apart: bool) -> list[_Group]:
         by_seed = [[run] for run in members] if seeds_apart else seed_groups.group_by_seed(members)
         for group in by_seed:
             identities = [(run["name"], run.get("checkpoint"), run.get("step")) for run in group]
-            # The rows that have these runs with fewer shots. If they are several, as for seeds that
-            # were not evaluated alike, they stay apart: a mean over these seeds is another row.
+            # Groups that have these runs with fewer shots. If there are several, because the seeds
+            # were not evaluated alike, this mean over seeds belongs to none, and is another row.
             indices = {index_of[i] for i in identities if i in index_of}
             index = indices.pop() if len(indices) == 1 else None
             if index is None or shots in groups[index]:
@@ -277,7 +281,7 @@ def _group_rows(runs: Sequence[JsonObject], seeds_apart: bool) -> list[_Group]:
 
 
 def _largest_part(group: _Group) -> list[JsonObject]:
-    """Returns the runs with the shots that most seeds have: they stand for the whole row."""
+    """Returns the runs for the shots with the most seeds, which stand for the whole row."""
     return max(group.values(), key=len)
 
 
@@ -415,7 +419,7 @@ def _mean_over_seeds(
     averaged: Sequence[str],
     resampled_by_seed: Sequence[_Resampled],
 ) -> dict[str, Score]:
-    """Merges the scores of several seeds: means over seeds, and the intervals of these means."""
+    """Returns the means of scores over seeds, with the intervals of these means."""
     first = members[0]
     # Draw i of a dataset takes the same examples for every seed, so the seeds' mean of draw i is
     # draw i of the mean.
@@ -435,7 +439,7 @@ def _mean_over_seeds(
 
 
 def _mean_score(members: Sequence[Score], resampled: np.ndarray | None) -> Score:
-    """Returns the mean over seeds; all else but the accuracies is that of the first seed."""
+    """Returns the mean accuracies over seeds; counts and chance are those of the first seed."""
     values = {
         measure: tuple(v for score in members if (v := getattr(score, measure)) is not None)
         for measure in MEASURES
@@ -453,10 +457,10 @@ def _mean_score(members: Sequence[Score], resampled: np.ndarray | None) -> Score
 
 
 def _average_resampled(resampled: _Resampled, columns: Sequence[str]) -> np.ndarray | None:
-    """Averages columns draw by draw; None if one of them is not resampled."""
+    """Averages columns draw by draw; None if there are none, or one of them is not resampled."""
     if not columns or not all(column in resampled for column in columns):
         return None
-    # Each dataset has draws of its own, so datasets count as independent.
+    # Each dataset is drawn separately, so datasets count as independent.
     return np.mean([resampled[column] for column in columns], axis=0)
 
 

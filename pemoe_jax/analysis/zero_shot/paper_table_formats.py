@@ -30,8 +30,8 @@ _NOTE_ON_PARTIAL = (
     "† Average over the datasets that the run was evaluated on; not comparable with the others."
 )
 _NOTE_ON_SEEDS = (
-    "±: mean and standard deviation (n - 1) over runs that differ only in the seed. Their intervals"
-    " are those of the mean, for other examples and the same seeds."
+    "±: mean and standard deviation (n - 1) over runs that differ only in the seed. Intervals of"
+    " such rows are those of the mean, for other examples and the same seeds."
 )
 _NOTE_ON_SHOTS = (
     "k-shot: up to k solved examples in front of each input, fewer if they do not fit. Other"
@@ -48,7 +48,7 @@ _NOTE_ON_FILES = (
 )
 _NOTE_ON_MEMORY = (
     "Peak memory: in training; on a CPU, of the whole process with its libraries; otherwise, of the"
-    " device that used most."
+    " device that used the most."
 )
 _NOTE_ON_EVALUATION = "Evaluation: time to score all examples, with compilation; mean over seeds."
 _NOTE_ON_MACHINES = (
@@ -80,9 +80,9 @@ def write_paper_table(table: PaperTable, folder: AnyPath) -> None:
 def to_tables(table: PaperTable) -> list[Table]:
     """Returns the tables of medians and means, and further ones if there is something to show.
 
-    Tables of intervals follow those of medians and of means. Then come accuracies by log-likelihood
-    per length, the averages of single seeds, the numbers of prompts and examples if runs differ in
-    them, and costs. General notes are those of the first table.
+    A table of intervals follows the medians, and another one the means. Then come accuracies by
+    log-likelihood per length, the averages of single seeds, the numbers of prompts and examples if
+    runs differ in them, and costs. The first table also has the notes about all tables.
     """
     result = []
     for measure in MEASURES:
@@ -105,13 +105,14 @@ def to_tables(table: PaperTable) -> list[Table]:
 def to_csv(table: PaperTable) -> str:
     """Returns the table as CSV, with a line per row of the table.
 
-    The columns are the run, its method and parameters, and the median of each dataset. For each
-    dataset, these follow:
+    The first columns are the run, its method and parameters, and the median of each dataset. Then
+    each dataset has these columns:
 
     - `<dataset>_mean`, `_chance`, `_prompts`, `_examples`, `_trained`, and `_shots_left_out` if it
       has shots;
-    - of the intervals: `_median_low`, `_median_high`, `_mean_low`, `_mean_high`;
-    - over seeds: `_median_sd`, `_median_least`, `_median_greatest`, and the same of the mean.
+    - the ends of the intervals: `_median_low`, `_median_high`, `_mean_low`, `_mean_high`;
+    - statistics over seeds: `_median_sd`, `_median_least`, `_median_greatest`, and the same for the
+      mean.
 
     Columns about the run come last. With k shots, `<dataset>` is `<dataset>_<k>_shots`, or
     `<dataset>_<k>_shots_seed_<n>` if their seed n is not 0. Accuracies and parameters are in %.
@@ -215,7 +216,7 @@ def _step_time_object(time: StepTime) -> JsonObject:
 
 
 def draw_bars(table: PaperTable, png: str | AnyPath) -> AnyPath:
-    """Draws the medians as bars, one panel per dataset; omits rows without any median."""
+    """Draws the medians as bars, one panel per dataset or average; omits rows without medians."""
     rows = [row for row in table.rows if any(s.median is not None for s in _all_scores(row))]
     panels = []
     for key in table.keys:
@@ -273,7 +274,7 @@ def _csv_record(row: Row, keys: Sequence[Column]) -> list[tuple[str, object]]:
 
 
 def _joined(values: Iterable[object]) -> str:
-    """Joins the values of several devices to one cell of CSV."""
+    """Joins the values of several devices in one cell of CSV."""
     return "; ".join("" if value is None else str(value) for value in values)
 
 
@@ -303,7 +304,7 @@ def _bar(row: Row, key: Column) -> bar_chart.Bar | None:
 
 
 def _accuracy_table(table: PaperTable, measure: str) -> Table:
-    """Returns the table of medians or of means; only that of medians has a footer."""
+    """Returns the table of medians or of means; only the table of medians has a footer."""
     has_seeds = _has_seeds(table)
     opening = ["run", "method", "parameters", *(["seeds"] if has_seeds else [])]
     rows = []
@@ -364,7 +365,7 @@ def _interval_table(table: PaperTable, measure: str) -> Table:
 
 
 def _seed_table(table: PaperTable) -> Table:
-    """Returns a table of the average of the medians, with a column for each seed."""
+    """Returns a table of the averages of the medians, with a column for each seed."""
     seeds = sorted(
         {(shots, seed) for row in table.rows for shots, s in row.seeds.items() for seed in s}
     )
@@ -505,7 +506,7 @@ def _runs(table: PaperTable) -> list[Row]:
 
 
 def _keys_of(table: PaperTable, shots: Shots) -> list[Column]:
-    """Returns the columns with these shots, and that of their average last."""
+    """Returns the columns with these shots, followed by the column of their average."""
     return [*(c for c in table.columns if c.shots == shots), Column(AVERAGE, shots)]
 
 
@@ -530,7 +531,7 @@ def _has_seeds(table: PaperTable) -> bool:
 
 
 def _accuracy(row: Row, key: Column, measure: str) -> str:
-    """Returns a cell: the accuracy, its deviation over seeds, and its marks."""
+    """Returns a cell: an accuracy, its deviation over seeds, and the marks '*' and '†'."""
     score = _score(row, key)
     value = getattr(score, measure)
     if value is None:
@@ -548,7 +549,7 @@ def _values(table: PaperTable, key: Column, name: str) -> list[float | None]:
 
 
 def _ranges(table: PaperTable, name: str, number_format: str) -> list[str]:
-    """Returns a field's range over the runs for each column; averages have only that of chance."""
+    """Returns a field's range over the runs for each column; '' for averages, except of chance."""
     return [
         result_tables.format_range(_values(table, key, name), number_format.format)
         if key.name != AVERAGE or name == "chance"

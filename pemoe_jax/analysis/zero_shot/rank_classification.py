@@ -41,6 +41,8 @@ def report_rows(
 ) -> None:
     """Prints the tasks without rows to score, and the odd rows that the task summary did not count.
 
+    Odd rows are scored, but may be mistakes, such as duplicate choices (see `data.row_checks`).
+
     Args:
       name: the task or mixture to evaluate.
       groups_by_task: the examples of each task.
@@ -108,7 +110,8 @@ def score_groups(
                     f" {group.task}, example {group.idx + 1}: {evaluation.NOT_FINITE_ADVICE}"
                 )
             best = int(np.argmax(group_scores))
-            # Choices of the same text, such as two wrong answers that are equal, are no tie.
+            # Choices of the same text, such as two equal wrong answers, always have equal scores.
+            # They are no tie.
             tied_texts = {
                 group.choice_texts[i].strip()
                 for i in np.flatnonzero(group_scores == group_scores[best])
@@ -120,7 +123,7 @@ def score_groups(
 
 
 def _odd_kinds(group: ChoiceGroup, prediction: Prediction) -> tuple[str, ...]:
-    """Returns the kinds of oddities of an example's row and of its scores."""
+    """Returns the kinds of odd rows that an example belongs to, and 'tied_scores' for a tie."""
     return (*group.anomalies, *(["tied_scores"] if prediction.is_tied else []))
 
 

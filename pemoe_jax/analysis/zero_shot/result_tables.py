@@ -43,7 +43,7 @@ def any_shots(runs: Sequence[JsonObject]) -> bool:
 
 
 def run_labels(runs: Sequence[JsonObject]) -> list[str]:
-    """Returns the names of the runs; shots, step or checkpoint distinguish equal ones."""
+    """Returns the names of the runs, with shots, step or checkpoint added to equal ones."""
     labels = [run["name"] for run in runs]
     runs = [dict.fromkeys(SHOTS_KEYS, 0) | run for run in runs]
     differing = [key for key in SHOTS_KEYS if len({run[key] for run in runs}) > 1]
@@ -72,7 +72,7 @@ def checkpoint_table(runs: Sequence[JsonObject]) -> Table:
 def normalized_tables(
     runs: Sequence[JsonObject], column_of: Callable[[str], str] = lambda dataset: dataset
 ) -> list[Table]:
-    """Returns a list with the table of accuracies by log-likelihood per length, if runs have them.
+    """Returns the table of accuracies by log-likelihood per length, or no table if no run has them.
 
     Args:
       runs: runs as in results.json; those without these accuracies have no rows.
@@ -103,7 +103,7 @@ def normalized_tables(
 
 
 def format_range(values: Sequence[Number | None], format_value: Callable[[Number], str]) -> str:
-    """Returns 'least–greatest' of the known values, or one value if both are formatted alike."""
+    """Returns 'least–greatest' of the known values, or only one if both are formatted alike."""
     known = sorted(value for value in values if value is not None)
     if not known:
         return MISSING
@@ -111,14 +111,14 @@ def format_range(values: Sequence[Number | None], format_value: Callable[[Number
 
 
 def trainable_share(run: JsonObject) -> str:
-    """Returns a run's trainable parameters in %, if they are known."""
+    """Returns a run's trainable parameters in %; `MISSING` if they are unknown."""
     if run.get("trainable") is None or not run.get("total"):
         return MISSING
     return format_share(run["trainable"], run["total"])
 
 
 def _mean_tables(runs: Sequence[JsonObject]) -> list[Table]:
-    """Returns the tables of benchmarks, or those of datasets if the tasks are of no benchmark."""
+    """Returns the tables of benchmarks, or those of datasets if no run has a benchmark."""
     # A benchmark may have more datasets than a table can have columns.
     benchmarks = benchmark_table.benchmark_tables(runs, run_labels(runs), scale=100)
     tables = benchmarks or _dataset_tables(runs)
@@ -144,7 +144,7 @@ def _dataset_tables(runs: Sequence[JsonObject]) -> list[Table]:
             for name in datasets
         ]
 
-    # A partial average is over fewer datasets, whose chance is another one.
+    # A partial average is over fewer datasets, and so is its chance.
     chances = [run["average"].get("chance") for _, run, partial in rows if not partial]
     blank = [""] * (2 + has_shots)  # below the columns "method", "trainable" and "shots"
     medians = Table(
@@ -203,7 +203,7 @@ def _prompt_table(runs: Sequence[JsonObject]) -> Table:
     for run in runs:
         for name, task in run.get("tasks", {}).items():
             tasks.setdefault(name, task)
-            # Oddities of rows are the same in all runs; tied scores are those of the last one.
+            # Odd rows are the same in all runs; tied scores are those of the last run that has any.
             if any((task.get("odd") or {}).values()):
                 odd[name] = task["odd"]
     datasets = list(dict.fromkeys(task["dataset"] for task in tasks.values()))

@@ -43,9 +43,10 @@ _TASK_KEYS: dict[str, _Types] = {
     "chance": (int, float),
     "examples": int,
 }
-_TEXTS = ("checkpoint", "method", "variant", "settings")  # of a run, or null
+# Keys of a run whose values are text or null, and counts or null.
+_TEXTS = ("checkpoint", "method", "variant", "settings")
 _NUMBERS = ("step", "seed", "trainable", "total", "used", "flops", "flops_with_places")
-_MAX_SECONDS = 1e9  # about 30 years; a limit at all rejects infinity
+_MAX_SECONDS = 1e9  # about 30 years; any limit would do, to reject infinity
 _STEP_TIME_KEYS: dict[str, _Types] = {"seconds": (int, float), "device": str, "batch": str}
 _TYPE_NAMES: dict[_Types, str] = {
     **{str: "text", dict: "an object", int: "an integer"},
@@ -69,12 +70,13 @@ def task_result(
     Args:
       correct: for each example, whether the chosen answer is the target.
       chance: for each example, the fraction of its choices that are the target.
-      dataset: name of the dataset that the prompt is of.
+      dataset: name of the prompt's dataset.
       split: name of the split that was evaluated.
-      odd: kinds of odd rows (keys of `row_checks.ODD_ROWS`) and 'tied_scores', one for each time
-        that an example has it.
+      odd: kinds of odd rows (keys of `row_checks.ODD_ROWS`) and 'tied_scores'; a kind occurs once
+        for each example that has it.
       same_answer: return value of the function `same_answer`.
-      shots_left_out: number of shots that did not fit, over all examples; None without shots.
+      shots_left_out: number of shots (solved examples in front of an input) that did not fit, over
+        all examples; None without shots.
       normalized: name in `NORMALIZED` -> for each example, whether the answer with the highest
         score per unit of length is the target; None: not computed.
     """
@@ -94,13 +96,13 @@ def task_result(
 def same_answer(answers: Iterable[tuple[int, Sequence[str]]]) -> str:
     """Returns the answer that a model gives to every example of a task; '' if answers differ.
 
-    Examples with one choice are skipped. Fewer than two other examples yield ''.
+    Examples with one choice are ignored. The result is also '' if fewer than two examples remain.
 
     Args:
       answers: for each example, the index of the chosen answer, and all choices.
 
     Returns:
-      The text of the answer, or 'choice 1' if only its index is always the same.
+      The text of the answer in quotes, or such as 'choice 1' if only its index is always the same.
     """
     chosen = [(index, choices[index].strip()) for index, choices in answers if len(choices) > 1]
     if len(chosen) < 2:
@@ -112,10 +114,10 @@ def same_answer(answers: Iterable[tuple[int, Sequence[str]]]) -> str:
 
 
 def summarize(tasks: Mapping[str, Mapping[str, Any]]) -> JsonObject:
-    """Combines results of prompts into those of datasets, and averages these.
+    """Combines the results of prompts into those of datasets, and averages the datasets.
 
-    As in arXiv 2110.08207 (T0), a dataset has the median over its prompts, and the mean too.
-    Datasets have equal weights in the average.
+    A dataset has the median over its prompts, as in arXiv 2110.08207 (T0), and the mean. Datasets
+    have equal weights in the average.
 
     Args:
       tasks: task -> its `task_result`.
@@ -177,7 +179,7 @@ def check_overwrites(
     file = folder / RESULTS
     if not file.exists():
         return False
-    advice = "choose another EVAL_OUTPUT_DIR, or delete it"
+    advice = "choose another EVAL_OUTPUT_DIR, or delete this one"
     try:
         runs = file_io.parse_json(file.read_text(encoding="utf-8"))["runs"]
         existing = [
@@ -192,16 +194,16 @@ def check_overwrites(
         ) from error
     if other_shots:
         raise InputError(
-            f"{folder}: results with {_describe_shots(other_shots[0])} would be lost: this"
+            f"{folder}: results with {_describe_shots(other_shots[0])} would be lost, as this"
             f" evaluation has {_describe_shots(shots)}: {advice}"
         )
     for _, task, split in existing:
-        # A result without a split, or a task whose split is not known, raises no error.
+        # There is no error if a result has no split, or if the current split is not known.
         current = (splits or {}).get(task.removesuffix("_score_eval"), split)
         if split not in (None, current):
             raise InputError(
-                f"{folder}: results of {task} on its split {split!r} would be lost: this evaluation"
-                f" is on {current!r}: {advice}"
+                f"{folder}: results of {task} on its split {split!r} would be lost, as this"
+                f" evaluation is on {current!r}: {advice}"
             )
     recomputed = {_absolute(path) for path in checkpoints}
     lost = [
@@ -334,13 +336,13 @@ def load_predictions(
                 )
     if len(set(indices)) < len(indices):
         raise InputError(f"{file}: expected a line for each example, got two with the same 'idx'")
-    # Predictions of another evaluation have another accuracy, which intervals would be around.
+    # If the predictions were of another evaluation, intervals would be around its accuracy.
     accuracy = sum(correct) / max(1, len(correct))
     if len(correct) != result["examples"] or abs(accuracy - result["accuracy"]) > 1e-9:
         raise InputError(
-            f"{file}: expected the predictions of {RESULTS}, {result['examples']} with accuracy"
-            f" {result['accuracy']:.4f}, got {len(correct)} with {accuracy:.4f}: evaluate again, or"
-            " pass --draws=0 for a report without intervals"
+            f"{file}: expected {result['examples']} predictions with accuracy"
+            f" {result['accuracy']:.4f}, as in {RESULTS}, got {len(correct)} with {accuracy:.4f}:"
+            " evaluate again, or pass --draws=0 for a report without intervals"
         )
     return np.array(indices), np.array(correct, float)
 
@@ -433,5 +435,5 @@ def _check_object(value: object, keys: Mapping[str, _Types], where: str) -> None
 
 
 def _absolute(path: str) -> str:
-    # Two evaluations may name the same checkpoint by a relative and by an absolute path.
+    # One evaluation may name a checkpoint by a relative path, another by the absolute one.
     return path if "://" in path else os.path.abspath(path)

@@ -13,7 +13,7 @@ _SEED_IN_NAME = re.compile(r"[-_. ]*seed[-_= ]?\d+", re.IGNORECASE)
 def group_by_seed(runs: Sequence[JsonObject]) -> list[list[JsonObject]]:
     """Groups runs that differ only in the seed: equal settings, variant, step, shots and tasks.
 
-    If a seed occurs twice among such runs, say in a copied run, each of them is a group of its own.
+    If a seed occurs twice among such runs, for example in a copied run, each is a group of its own.
     Groups are in the order of their first runs.
     """
     by_key: dict[tuple, list[int]] = {}
@@ -36,11 +36,11 @@ def first_run_without_seed(group: Sequence[JsonObject]) -> JsonObject:
 
 
 def _key_without_seed(run: JsonObject) -> tuple | None:
-    """Returns what runs of one group have in common; None if a run lacks a seed or settings."""
+    """Returns the key that runs of one group share; None if the run lacks a seed or settings."""
     # Results of older versions have no seed or settings.
     if not isinstance(run.get("seed"), int) or not run.get("settings"):
         return None
-    # Numbers of examples too: a seed that was evaluated on fewer is not comparable.
+    # The key has the numbers of examples, since accuracies over fewer examples are not comparable.
     tasks = tuple(
         sorted((name, task["dataset"], task["examples"]) for name, task in run["tasks"].items())
     )

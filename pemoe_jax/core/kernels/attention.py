@@ -123,8 +123,7 @@ def _vjp_backward(
 
 fused_attention.defvjp(_vjp_forward, _vjp_backward)
 
-# The axes of the kernels' arrays. The bias has one entry for all rows of the batch ('broadcast').
-# 'tile' is the axis of the tiles for which the kernel runs.
+# The axes of the kernels' arrays.
 _AXES = {
     **dict.fromkeys(("query", "grad", "out"), ("batch", "queries", "heads", "size")),
     **dict.fromkeys(("key", "value", "key_grad"), ("batch", "keys", "heads", "size")),

@@ -116,7 +116,7 @@ def test_claims_that_cannot_be_measured(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ("{}", "expected {\"claims\": […]}, got 'claims'"),
+        ("{}", "expected {\"claims\": […]}, got no 'claims'"),
         ('{"claims": []}', "expected claims with different ids"),
         ('{"claims": [{"id": "a"}]}', "missing 5 required"),
         ('{"claims": [{"id": "a", "other": 1}]}', "unexpected keyword argument 'other'"),

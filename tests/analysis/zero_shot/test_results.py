@@ -77,14 +77,16 @@ def test_results_that_are_not_recomputed_are_not_overwritten(tmp_path, monkeypat
         results.check_overwrites(tmp_path, ["run"], ["a", "b"])
     with pytest.raises(InputError, match="results of base on b would be lost: choose another"):
         results.check_overwrites(tmp_path, ["run", "base"], ["a", "a_score_eval"])
-    with pytest.raises(InputError, match="lost: this evaluation has SHOTS=3 and SHOTS_SEED=1: ch"):
+    with pytest.raises(InputError, match="lost, as this evaluation has SHOTS=3 and SHOTS_SEED=1: "):
         results.check_overwrites(tmp_path, ["run", "base"], ["a", "b"], shots=(3, 1))
     runs[0]["tasks"] = {"a_score_eval": {"split": "test"}}
     (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
     tasks = ["a", "a_score_eval"]
     for splits in ({}, {"a": "test"}):
         assert results.check_overwrites(tmp_path, ["run", "base"], tasks, splits=splits)
-    with pytest.raises(InputError, match="split 'test' would be lost: this evaluation is on 'val'"):
+    with pytest.raises(
+        InputError, match="split 'test' would be lost, as this evaluation is on 'val'"
+    ):
         results.check_overwrites(tmp_path, ["run", "base"], tasks, splits={"a": "val"})
     runs[0]["tasks"] = {"a": {}, "b": {}}
     few = [run | {"shots": 3, "shots_seed": 1} for run in runs]
