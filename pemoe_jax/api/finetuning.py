@@ -29,8 +29,8 @@ def finetune(
 ) -> str:
     """Fine-tunes a base as `pemoe train` does, with its gin files, checks and messages.
 
-    A repeated call resumes from the newest checkpoint. The function imports TensorFlow, and
-    configures gin for the whole process.
+    A call with the same `model_dir` resumes from its newest checkpoint. The function imports
+    TensorFlow, and configures gin for the whole process.
 
     Args:
       base: the base model, or a run to continue from (INITIAL_CHECKPOINT_PATH); None: random
@@ -80,13 +80,13 @@ def finetune(
     if not isinstance(vocabulary, (str, os.PathLike, type(None))):
         raise InputError(
             f"vocabulary must be a SentencePiece file or {BYTES!r}, got a"
-            f" {type(vocabulary).__name__}: training reads no tokenizer of transformers"
+            f" {type(vocabulary).__name__}: training cannot use a tokenizer of transformers"
         )
     if vocabulary is None and base is not None:
         vocabulary = loading.find_spiece(base)
     elif vocabulary is not None:
         vocabulary = loading.find_spiece(vocabulary) or vocabulary
-        # Its error names the argument; that of the training would name VOCAB_PATH.
+        # Checked here too, so that an error names the argument instead of VOCAB_PATH.
         locate_vocabulary(vocabulary, "vocabulary")
     if "train_steps" not in options and not gin_files:
         raise InputError("train_steps is not set: pass train_steps=…, the number of steps")
@@ -109,7 +109,7 @@ def finetune(
             _write_rows(data_folder, {"train": rows, "validation": validation})
         gin_flags.call_configured(train_lib.train, allow_changes=allow_changes)
         run_file.finish("finished", "the work is done")
-    # `gin_flags.run_command` does the same for the commands.
+    # Records how the run ended, as `gin_flags.run_command` does for the commands.
     except BaseException as error:
         is_interrupt = isinstance(error, KeyboardInterrupt)
         reason = "interrupted" if is_interrupt else f"{type(error).__name__}: {first_line(error)}"
@@ -121,7 +121,7 @@ def finetune(
 
 
 def _gin_text(value: object) -> str:
-    """Returns a value as gin text: a reference such as '@optim.adamw' as it is, else a literal."""
+    """Returns a value as gin text: a literal, or a reference such as '@optim.adamw' unchanged."""
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     return value if isinstance(value, str) and value[:1] in ("@", "%") else repr(value)
@@ -132,10 +132,10 @@ def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]
 
     Args:
       folder: the folder.
-      splits: split -> its rows; None: the file of an earlier call is deleted.
+      splits: split -> its rows, or None to delete a file that an earlier call wrote.
 
     Raises:
-      InputError: a split is not a list of rows; then nothing is written.
+      InputError: a split is not a list of rows. Nothing is written then.
     """
     from pemoe_jax.runtime import atomic_write, file_io
 
@@ -147,7 +147,7 @@ def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]
         path = file_io.resolve_local(folder, "MODEL_DIR") / "rows" / f"{split}.jsonl"
         if text is None:
             path.unlink(missing_ok=True)
-        # A call that resumes has the same rows: their file stays as it is.
+        # If a call resumes with the same rows, their file is not written again.
         elif not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             atomic_write.write_text(path, text)
@@ -155,7 +155,8 @@ def _write_rows(folder: StrPath, splits: Mapping[str, Sequence[Mapping[str, Any]
 
 def _to_json_lines(split: str, rows: Sequence[Mapping[str, Any]]) -> str:
     try:
-        # `{**row}` raises TypeError unless a row is a mapping; dict(row) accepts a list of pairs.
+        # `{**row}` raises TypeError unless a row is a mapping; `dict(row)` would accept a list of
+        # pairs too.
         return "".join(json.dumps({**row}, ensure_ascii=False) + "\n" for row in rows)
     except (TypeError, ValueError) as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""A network with its parameters in memory: a base, and the adapters that are set on it."""
+"""A model in memory: its base, the adapter that is set on it, and adapters for single texts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 StrPath = str | os.PathLike[str]
 
-MAX_ADAPTERS = 32  # that `LoadedModel.select_adapters` keeps in memory
+MAX_ADAPTERS = 32  # largest number of adapters that `select_adapters` keeps in memory
 
 
 class SelectedAdapters(NamedTuple):
-    """The adapters for the texts of a call.
+    """The adapters for the texts of one call, such as `Model.rank`.
 
     Attributes:
       network: the network, which is the same for all adapters.
@@ -36,9 +36,9 @@ class SelectedAdapters(NamedTuple):
     ids: np.ndarray
 
 
-def fill_rows(indices: list[int], rows: int) -> list[int]:
-    """Pads the indices to the number of rows of a batch by repeating the last one."""
-    return indices + [indices[-1]] * (rows - len(indices))
+def fill_rows(indices: list[int], num_rows: int) -> list[int]:
+    """Pads the indices of a batch's texts to its number of rows, by repeating the last index."""
+    return indices + [indices[-1]] * (num_rows - len(indices))
 
 
 class LoadedModel:
@@ -55,8 +55,9 @@ class LoadedModel:
         the whole model.
       network: the network with its adapters.
       params: all parameters.
-      base: the base's parameters; None if a run trained some of them, because the original values
-        are then not in memory.
+      base: the parameters that an adapter can be set on. They are those of the base, or of a run
+        that trained the whole model without adapters. None for any other run that trained base
+        parameters, because the original values are then not in memory.
     """
 
     base: dict[str, PyTree] | None
@@ -68,7 +69,7 @@ class LoadedModel:
 
         generation.check_decodes_texts(opened, tokenizer, "vocabulary")
         self._tokenizer = tokenizer
-        # The base's fingerprint and checksum, which each adapter is compared with.
+        # The fingerprint and checksum of `base`, with which the record of each adapter is compared.
         self._identity: Mapping[str, Any] | None = None
         self.network = _make_network(opened)
         if opened.record is None:
@@ -95,12 +96,12 @@ class LoadedModel:
         return f"{self.path or 'random base'}{adapter}"
 
     def set_adapter(self, adapter: StrPath | None) -> None:
-        """Replaces the adapter, see `Model.set_adapter`."""
+        """Replaces the adapter; see `Model.set_adapter`."""
         self.network, self.params = self._load_adapter(adapter)
         self.adapter = None if adapter is None else os.fspath(adapter)
 
     def _load_adapter(self, adapter: StrPath | None) -> tuple[Transformer, dict[str, PyTree]]:
-        """Returns the network of an adapter on the base, and all parameters."""
+        """Returns (network, all parameters) of the base with an adapter, or of the base alone."""
         from pemoe_jax.analysis import generation
         from pemoe_jax.checkpoints import models
         from pemoe_jax.core import params as params_lib
@@ -110,7 +111,7 @@ class LoadedModel:
                 f"{self.adapter or self.path} trained parameters of its base: load a base model to"
                 " set adapters on it"
             )
-        if adapter is None:
+        if adapter is None:  # a network with an empty collection of adapters
             return self.network.clone(adapters=type(self.network.adapters)()), self.base
         opened = models.open_models(
             os.fspath(adapter), base_path=self.path, dtype=self.network.config.dtype
@@ -118,8 +119,8 @@ class LoadedModel:
         if opened.record is None or not all(map(params_lib.is_adapter, opened.trained_arrays)):
             got = "a base" if opened.record is None else "a run that trained parameters of its base"
             raise InputError(f"{adapter} must be an adapter, got {got}")
-        # For a base of random weights, `open_models` got no base_path, and took the base that the
-        # adapter's record names.
+        # The adapter is checked against the base in memory. If that has random weights, its path is
+        # None, and `open_models` took the base that the adapter's record names instead.
         opened.base_path = self.path
         trained = opened.load_trained()
         generation.check_decodes_texts(opened, self._tokenizer, "vocabulary")
@@ -162,7 +163,7 @@ class LoadedModel:
             )
         names = [os.fspath(path) for path in paths]
         distinct = list(dict.fromkeys(names))
-        # Its own references: a call may have more adapters than stay in memory.
+        # A list of its own, because a call may have more adapters than `_adapters` keeps.
         selected: list[tuple[Transformer, PyTree]] = []
         for name in distinct:
             adapter = self._adapters.pop(name, None)
@@ -197,7 +198,10 @@ class LoadedModel:
     ) -> PyTree:
         """Calls a function of a batch with the model's parameters, or with selected adapters.
 
-        See `adapter_rows.map_adapters` for the function and its arguments.
+        Args:
+          function, rows, settings, options: see `adapter_rows.map_adapters`.
+          selected: the adapters of all texts of the call; None: the model's own parameters.
+          indices: the texts in the batch; the batch may have further rows, which are padding.
         """
         if selected is None:
             return function(self.network, self.params, **rows, **settings, **options)
@@ -215,8 +219,8 @@ class LoadedModel:
         """Returns the fingerprint and checksum of the base, see `OpenedModel.check_base`."""
         from pemoe_jax.checkpoints import base_model
 
-        # Loading a run that trained the whole model has not computed them; the checkpoint is read
-        # once more.
+        # They are unknown if the model is a run that trained all parameters. Its checkpoint is then
+        # read once more.
         if self._identity is None:
             assert self.path is not None
             dtype = self.network.config.dtype
@@ -228,8 +232,8 @@ def _make_network(opened: OpenedModel) -> Transformer:
     """Returns the network of an opened model; networks of equal settings compare equal."""
     from pemoe_jax.checkpoints import models
 
-    # JAX compiles a program for each network. Without their dropout rate, which nothing here uses,
-    # runs that differ in it alone share programs.
+    # JAX compiles a program for each distinct network. The dropout rate, which nothing here uses,
+    # is set to 0, so that runs that differ only in it share programs.
     config = dataclasses.replace(opened.model.config, dropout_rate=0.0)
     if opened.record is None:
         return opened.model.clone(config=config)

@@ -30,19 +30,21 @@ def load_model(
 ) -> Model:
     """Loads a model onto JAX's default device.
 
-    Compiled programs are cached on disk, as by the commands, unless JAX already has a cache folder.
+    Compiled programs are cached on disk, in the folder that the commands use, unless JAX already
+    has a cache folder.
 
     Args:
       path: a base model, in the format of T5X, Hugging Face or this package; or a run, a run's
-        checkpoint or an adapter, whose base is loaded with it.
+        checkpoint or an adapter, which is loaded together with its base.
       adapter: a run, a run's checkpoint, an exported adapter or a PEFT adapter, trained on the base
         `path`; None: `path` alone.
       vocabulary: the base's SentencePiece file, a folder with a `spiece.model`, 'bytes' for ByT5,
         or a tokenizer of transformers. None: the `spiece.model` in a folder of the base, or else
         the VOCAB_PATH of the run, or else the environment's PEMOE_VOCAB_PATH.
-      dtype: dtype of activations, 'float32' or 'bfloat16'; None: as in training.
-      frozen_dtype: dtype of frozen matrices, 'activations', 'int8' or 'float8_e4m3fn'; None: as in
-        training.
+      dtype: dtype of activations, 'float32' or 'bfloat16'; None: as in training, or float32 for a
+        base.
+      frozen_dtype: dtype of frozen matrices, 'int8', 'float8_e4m3fn' or 'activations' (equal to
+        `dtype`); None: as in training, or 'activations' for a base.
       max_input_tokens: longer texts are truncated.
       max_target_tokens: longer answer choices are truncated.
       batch_size: largest number of texts that are computed together.
@@ -73,7 +75,7 @@ def load_model(
 
 
 def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
-    """Returns the tokenizer that `vocabulary` names; for None, that of the base or the run.
+    """Returns the tokenizer that `vocabulary` names; for None, the tokenizer of the base or run.
 
     Raises:
       InputError: see `load_model`.
@@ -86,7 +88,7 @@ def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
         if isinstance(vocabulary, (str, os.PathLike)):
             vocabulary = find_spiece(vocabulary) or vocabulary
         return tokenizer.open_tokenizer(vocabulary)
-    # As gin text: a quoted string, or a reference to a function.
+    # The recorded value is gin text: a quoted string, or a reference to a function.
     recorded = run_settings.read_settings(opened.path).get("VOCAB_PATH", "None")
     if recorded == repr(tokenizer.BYTES):
         return tokenizer.ByteTokenizer()
@@ -94,8 +96,8 @@ def _open_vocabulary(vocabulary: Any, opened: OpenedModel) -> Tokenizer:
     if recorded[:1] in ("'", '"'):  # a path, not a reference such as @tasks.default_vocab_path()
         files.append(ast.literal_eval(recorded))
     files.append(os.environ.get("PEMOE_VOCAB_PATH"))
-    # A file may have been moved since the training, and a tokenizer cannot read from a bucket: the
-    # first one that is at hand is used, and is compared with the recorded fingerprint later.
+    # The first local file that exists is used, because the recorded file may have been moved, and a
+    # tokenizer cannot read from a bucket. `LoadedModel` compares it with the recorded fingerprint.
     for file in filter(None, files):
         if "://" not in file and file_io.to_path(file).expanduser().is_file():
             return tokenizer.open_tokenizer(file)

@@ -1,7 +1,7 @@
 """Reads and writes exported adapters: folders with adapter.safetensors and adapter_config.json.
 
-The arrays are float32, under this package's paths. adapter_config.json has the fields of the
-`Record` of the run that trained them, the step, and the format and its version.
+The arrays are float32, under this package's paths. adapter_config.json has the fields of the run's
+`Record`, the training step, and the format with its version.
 """
 
 import os
@@ -29,12 +29,12 @@ def adapter_folder(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def is_adapter(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is an exported adapter, or the weights in one."""
+    """Whether a path is an exported adapter, or the file of its weights."""
     folder = adapter_folder(path)
     if (folder / WEIGHTS).exists():
         return True
-    # An adapter whose weights are missing is recognized too, so that the error names that file.
-    # The format distinguishes it from a PEFT adapter, whose configuration has the same name.
+    # An adapter whose weights are missing is recognized too, so that the error names the missing
+    # file. The format distinguishes it from a PEFT adapter, whose configuration has the same name.
     config = folder / CONFIG
     return config.exists() and file_io.read_json(config).get("format") == FORMAT
 
@@ -66,7 +66,7 @@ def save_adapter(
 
 
 def _check_kind(path: str | os.PathLike[str], folder: epath.Path) -> None:
-    """Raises InputError for a PEFT adapter or a run, which have to be converted."""
+    """Raises InputError for a PEFT adapter or a run, which have to be converted first."""
     expected = f"{path} must be an adapter of pemoe convert adapter or save_pretrained, got"
     file = folder / CONFIG
     if file.exists():
@@ -76,11 +76,11 @@ def _check_kind(path: str | os.PathLike[str], folder: epath.Path) -> None:
                 " FOLDER --base=BASE"
             )
     elif (folder / "record").exists() or any(folder.glob("checkpoint_*/record")):
-        raise InputError(f"{expected} a run: pemoe convert adapter {path} FOLDER writes one")
+        raise InputError(f"{expected} a run: use pemoe convert adapter {path} FOLDER")
 
 
 def open_adapter(path: str | os.PathLike[str]) -> tuple[dict[str, LazyArray], Record, int]:
-    """Opens an adapter as (path -> array, record, step); reads no array.
+    """Opens an adapter as (path -> array, record, step), without reading the arrays.
 
     Raises:
       InputError: a file is missing or unreadable.

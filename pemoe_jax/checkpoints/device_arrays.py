@@ -27,8 +27,8 @@ def load_arrays(
     """Reads arrays onto devices, with the dtypes and shardings of `target`.
 
     Names and shapes are compared before anything is read. Threads read arrays ahead of their
-    transfer to the devices. The arrays in host memory have at most as many stored bytes as the
-    largest one; in a wider dtype than the stored one, they take more.
+    transfer to the devices. At any time, the stored size of all arrays in host memory together is
+    at most that of the largest array. They take more memory if `target` has a wider dtype.
 
     Args:
       arrays: path -> array, as stored.
@@ -37,8 +37,8 @@ def load_arrays(
       report: called with the number of arrays loaded so far.
       transform: maps (path, array) to the value to return; called before the next array is moved
         to its devices.
-      value_checksums: a dict to fill: path -> `lazy_array.checksum`, for the arrays of which this
-        process reads the whole as one shard. None: no checksums are computed.
+      value_checksums: a dict to fill with path -> `lazy_array.checksum`, for the arrays that this
+        process reads as a whole, in one shard. None: no checksums are computed.
 
     Returns:
       Nested dict of transformed jax arrays.
@@ -52,7 +52,7 @@ def load_arrays(
     for path in targets:
         if not jnp.issubdtype(arrays[path].dtype, jnp.floating):
             raise InputError(f"{source}: {path}: expected floats, got {arrays[path].dtype}")
-    # Largest first: the read buffers are smallest at the end, when most arrays are loaded.
+    # Largest first, so that the read buffers are smallest at the end, when most arrays are loaded.
     order = sorted(targets, key=lambda path: -arrays[path].nbytes)
     loaded: dict[str, PyTree] = {}
     reads = {path: (arrays[path], targets[path]) for path in order}
@@ -75,6 +75,8 @@ _Shards = dict[tuple[tuple[int, int], ...], np.ndarray]
 
 
 class _Read(NamedTuple):
+    """The parts of an array that this process has read."""
+
     shards: _Shards
     is_finite: bool
     checksum: tuple[str, int] | None  # None unless one shard is the whole array
@@ -93,8 +95,8 @@ def _read_ahead(
     """Reads arrays in threads, and yields groups of path -> result in the order of `targets`.
 
     The reads in flight and the group that the caller holds have together at most as many stored
-    bytes as the largest array. No read is started while the caller holds a group, so its bytes
-    need not be counted.
+    bytes as the largest array. The bytes of the caller's group need not be counted, because no read
+    starts before the caller asks for the next group.
     """
     sizes = {path: array.nbytes for path, (array, _) in targets.items()}
     limit = max(sizes.values(), default=0)

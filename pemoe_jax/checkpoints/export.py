@@ -33,7 +33,7 @@ def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
 
     Args:
       source: the adapters.
-      base_path: the copy, all of which is read.
+      base_path: the copy, which is read as a whole.
 
     Returns:
       The adapters with a new record.
@@ -53,7 +53,7 @@ def replace_base(source: OpenedModel, base_path: str) -> OpenedModel:
 def write_adapter(source: OpenedModel, output: AnyPath) -> None:
     """Writes adapters in this package's format."""
     arrays, record = _load_adapter(source)
-    # A PEFT adapter does not identify its base. From now on the fingerprint does.
+    # A PEFT adapter has no fingerprint of its base. From now on the adapter is checked against one.
     if record.base["fingerprint"] is None:
         assert source.base_path is not None
         identity = base_lib.open_base(source.base_path).identity(source.model.config.dtype)
@@ -77,7 +77,8 @@ def write_peft(source: OpenedModel, output: AnyPath, base_name: str | None) -> N
     others = [path for path in arrays if not params_lib.is_adapter(path)]
     if others:
         raise InputError(
-            f"{source.path}: PEFT's format has adapters only, the run trained {others[0]} as well"
+            f"{source.path}: PEFT's format can only hold adapters, but the run also trained"
+            f" {others[0]}"
         )
     mlp_sites = [site for site in record.adapters if site in ("wi_0", "wi_1", "gate", "wo")]
     if source.model.sparse is not None and mlp_sites:
@@ -101,7 +102,7 @@ def _load_adapter(source: OpenedModel) -> tuple[dict[str, np.ndarray], Record]:
 
 
 def write_huggingface(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:
-    """Writes a whole model as a Hugging Face folder; without `dtype` as stored."""
+    """Writes a whole model as a Hugging Face folder, in `dtype` or else in the stored dtypes."""
     arrays = _merged_arrays(source, dtype)
     with models.array_progress("writing", len(arrays)) as report:
         huggingface.save_checkpoint(
@@ -122,7 +123,7 @@ def _find_vocabulary(source: OpenedModel) -> epath.Path | None:
 
 
 def write_base(source: OpenedModel, output: AnyPath, dtype: str | None) -> None:
-    """Writes a whole model as this package's single file; without `dtype` as stored."""
+    """Writes a whole model as a single file, in `dtype` or else in the stored dtypes."""
     merged = _merged_arrays(source, dtype)
     arrays = {}
     with models.array_progress("reading", len(merged)) as report:
@@ -138,7 +139,7 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
     """Returns path -> array of a whole model; (IA)³ and LoRA are merged when an array is read.
 
     Raises:
-      InputError: an adapter is routed, or belongs to another base.
+      InputError: an adapter has a router, or belongs to another base; or its base is missing.
     """
     arrays: dict[str, LazyArray] = {}
     if source.record is None:
@@ -148,7 +149,7 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
         if source.base_path is None:
             raise InputError(
                 f"{source.path} was trained on random weights (seed {source.record.base['seed']}):"
-                " pass --base, a checkpoint of them"
+                " pass a checkpoint of these weights with --base"
             )
         base = base_lib.open_base(source.base_path)
         base.check_activations(source.model.config.mlp_activations)
@@ -162,7 +163,7 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
         adapter = {path: array for path, array in trained.items() if params_lib.is_adapter(path)}
         is_gated = len(source.model.config.mlp_activations) > 1
         updates = merging.kernel_updates(source.record.adapters, adapter, is_gated)
-        # Parameters of the base that were trained replace the stored ones.
+        # Base parameters that the run trained replace the stored ones.
         others = trained.keys() - adapter.keys()
         arrays = arrays | {p: lazy_array.from_numpy(np.asarray(trained[p])) for p in others}
     missing = sorted(updates.keys() - arrays.keys())
@@ -174,12 +175,19 @@ def _merged_arrays(source: OpenedModel, dtype: str | None) -> dict[str, LazyArra
 def _merged(
     path: str, array: LazyArray, update: KernelUpdate | None, dtype: str | None
 ) -> LazyArray:
-    """Returns an array that is updated, cast and checked for finite values when it is read."""
+    """Returns an array that, when it is read, is merged, cast and checked for finite values.
+
+    Args:
+      path: path of the array, for errors.
+      array: the stored array.
+      update: the function that merges the adapters into the array; None: it has no adapters.
+      dtype: dtype of the result; None: the stored dtype.
+    """
     if array.parts:  # an array of experts, which have no adapters to merge
         return lazy_array.stack([_merged(path, part, None, dtype) for part in array.parts])
     output_dtype = array.dtype if dtype is None else jnp.dtype(dtype)
 
-    # Merges the whole array for any slice; writers read whole arrays anyway.
+    # The whole array is merged for any slice, because writers read whole arrays anyway.
     def read_slice(index: Index) -> np.ndarray:
         values = array.read()
         with np.errstate(over="ignore"):  # an overflow becomes infinity, which raises below

@@ -3,8 +3,8 @@
 Its path is INITIAL_CHECKPOINT_PATH. `new_run` sets up the new run.
 
 An initial run that trained a whole model without adapters is opened as a base, see `base_model`.
-From any other initial run, the new run takes the trained parameters and their base. It trains at
-least these parameters, so its checkpoints need that base, but not the initial run.
+From any other initial run, the new run takes the trained parameters and their base. The new run
+trains at least these parameters, so its checkpoints need that base, but not the initial run.
 """
 
 import dataclasses
@@ -174,8 +174,8 @@ def load_params(
     has_frozen_adapters = any(map(params_lib.is_adapter, paths - set(trainable)))
     if has_frozen_adapters and seed != initial.record.seed:
         raise InputError(
-            f"SEED must be {initial.record.seed}, by which the frozen adapters of the run"
-            f" {initial.path} were drawn, got {seed}"
+            f"SEED must be {initial.record.seed}, as in the run {initial.path}, whose frozen"
+            f" adapters are drawn from it, got {seed}"
         )
     opened = dataclasses.replace(initial, model=model, frozen_dtype=frozen_dtype)
     params, identity = opened.load_with_identity(shardings, trainable)
@@ -201,8 +201,8 @@ def describe(initial: InitialRun, fingerprint: str) -> JsonObject:
 def fingerprint_settings(path: str, record: Record) -> str | None:
     """Returns a hash of all settings of a run except its seed; None if it has no config.gin.
 
-    Runs that differ only in their seeds have the same hash. So if the run has an initial run, the
-    hash of that one's settings replaces its path, which usually contains a seed.
+    Runs that differ only in their seeds have the same hash. Therefore, if the run has an initial
+    run, the hash of the initial run's settings replaces its path, which usually contains a seed.
     """
     settings = run_settings.read_settings(path)
     initial_settings = (record.initial or {}).get("settings")
@@ -221,11 +221,11 @@ def add_training(fields: Mapping[str, Any], initial: InitialRun | None) -> dict[
 
     Args:
       fields: the new run's `TaskRoles.training_record`.
-      initial: its initial run; None: the fields are returned unchanged.
+      initial: its initial run; None if it has none, and then the fields are returned unchanged.
 
     Returns:
-      The fields, with the datasets and tasks of both runs; these are None if the initial run's are
-      unknown.
+      The fields, with the datasets and tasks of both runs. These are None if those of the initial
+      run are unknown.
     """
     merged = dict(fields)
     if initial is not None:

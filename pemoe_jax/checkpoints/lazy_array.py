@@ -50,13 +50,13 @@ def from_numpy(array: np.ndarray) -> LazyArray:
     return LazyArray(array.shape, array.dtype, lambda index: array[index])
 
 
-_ROWS = 4096  # read at a time to compare two arrays, so that neither is in memory as a whole
+_ROWS = 4096  # rows per block of `is_equal`, so that no whole array is in memory
 
 
 def is_equal(a: LazyArray, b: LazyArray) -> bool:
     """Whether two arrays have the same shape, dtype and values; False for scalars.
 
-    Rows are read until they differ.
+    Blocks of rows are read until two differ.
     """
     if (a.shape, a.dtype) != (b.shape, b.dtype) or not a.shape:
         return False
@@ -90,8 +90,8 @@ def _read_parts(parts: Sequence[LazyArray], index: Index, dtype: np.dtype) -> np
 def unstack(array: LazyArray) -> list[LazyArray]:
     """Returns the arrays along the first axis, the inverse of `stack`.
 
-    An array that `stack` did not make is read once, as a whole, and kept in memory until each of
-    its parts has been read: storage formats with chunks cannot read a part of a chunk alone.
+    An array that `stack` did not make is read as a whole, and kept in memory until each of its
+    parts has been read, because storage formats with chunks cannot read a part of a chunk alone.
     """
     if array.parts:
         return list(array.parts)
@@ -145,7 +145,8 @@ def read_as(array: LazyArray, index: Index, dtype: np.dtype) -> np.ndarray:
     return result
 
 
-# Columns per copy: all 16 float32 values of a cache line are then used before it is evicted.
+# Columns per copy. With so few, all 16 float32 values of a cache line are used before the line is
+# evicted.
 _BLOCK = 64
 
 

@@ -54,7 +54,7 @@ def device_put(tree: Params, shardings: Shardings) -> dict[str, PyTree]:
 def _make_target(
     shapes: Mapping[str, PyTree], dtype_of: Callable[[str], jnp.dtype], shardings: Shardings
 ) -> dict[str, PyTree]:
-    """Returns the target of `device_arrays.load_arrays`, given path -> shape."""
+    """Returns the argument `target` of `device_arrays.load_arrays`, given path -> shape."""
     return params_lib.unflatten(
         {
             path: jax.ShapeDtypeStruct(
@@ -67,7 +67,7 @@ def _make_target(
 
 @contextlib.contextmanager
 def array_progress(label: str, num_arrays: int) -> Iterator[Callable[[int], None]]:
-    """Shows progress: yields a function to call with the number of arrays processed so far."""
+    """Shows a progress bar; yields a function that takes the number of arrays processed so far."""
     bar = progress.Progress(label, num_arrays, note="arrays")
     try:
         yield lambda done: bar.report_if_slow(done, "arrays")
@@ -123,7 +123,7 @@ class _ParamFormat:
     frozen_dtype: str
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a parameter is quantized, as frozen matrices are if FROZEN_DTYPE asks for it."""
+        """Whether a parameter is quantized: frozen matrices are, if `frozen_dtype` says so."""
         is_plain = self.frozen_dtype == quantized.ACTIVATIONS or self.is_trainable(name)
         return not is_plain and params_lib.is_matrix(name)
 
@@ -143,7 +143,7 @@ class _ParamFormat:
         """Quantizes an array if `is_quantized`."""
         if not self.is_quantized(name):
             return array
-        # Waits, because otherwise several float32 arrays would be on the device at the same time.
+        # Waits, so that only one float32 array is on the device at a time.
         return jax.block_until_ready(quantized.quantize(array, self.frozen_dtype))
 
 
@@ -162,7 +162,7 @@ def load_base(
     A dense base of a sparse model is upcycled, see `upcycling`.
 
     Args:
-      model: determines names, shapes, and the dtype of frozen matrices.
+      model: the network, which determines names, shapes and the dtype of frozen matrices.
       path: file or folder of a base in any format of `base_model`; None: random weights.
       seed: seed of random weights, or of the routers and the noise of upcycling.
       is_trainable: maps a parameter's path to whether it is trained; trained ones are float32.
@@ -195,8 +195,8 @@ def load_base(
     source_shapes: dict[str, tuple[int, ...]] = {}
     samples: dict[str, jax.Array | np.ndarray] = {}
 
-    # Passed as a transform, but collects the arrays itself, since one array may make several
-    # parameters.
+    # Passed as a `transform`, but adds to `loaded` itself, since several parameters may be made
+    # from one array.
     def add_source(source: str, array: jax.Array) -> None:
         # Sampled before quantization, so that the fingerprint does not depend on FROZEN_DTYPE.
         source_shapes[source], samples[source] = array.shape, params_lib.sample_array(array)
@@ -216,7 +216,8 @@ def load_base(
 
     identity: JsonObject
     if opened is None:
-        # Without a checksum: the values that a seed draws differ slightly between kinds of devices.
+        # No checksum, because values that are drawn from a seed differ slightly between kinds of
+        # devices.
         identity = {"path": None, "format": "random", "seed": seed}
         network.init_params(model, seed, params_lib.is_base, add_drawn)
     else:
@@ -264,8 +265,8 @@ def _source_target(
     dtype = jnp.result_type(*map(param_format.dtype_of, paths))
     if is_upcycled and upcycling.is_expert(first):
         shape, sharding = shape[1:], upcycling.dense_sharding(sharding)
-    # Noise multiplies float32 values: rounding them before and after would add an error. The path
-    # of the experts need not be the first: an extra MLP may be made from the array too.
+    # Noise multiplies float32 values, because rounding them before and after would add an error.
+    # All paths are searched for experts, since an extra MLP may be made from the same array.
     if is_upcycled and upcycle_noise and any(map(upcycling.is_expert, paths)):
         dtype = jnp.dtype(jnp.float32)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -307,7 +308,7 @@ class OpenedModel:
           InputError: the base is missing, or not the one that the adapters were trained on; an
             array is missing, of another shape or not finite.
         """
-        if self.record is None:  # the seed 0 draws nothing, as a base has all parameters
+        if self.record is None:  # a base has all parameters, so nothing is drawn from the seed 0
             return load_base(
                 self.model, self.path, 0, shardings=shardings, frozen_dtype=self.frozen_dtype
             )[0]
@@ -400,8 +401,8 @@ class OpenedModel:
     def check_base(self, identity: Mapping[str, Any]) -> None:
         """Raises `InputError` if the adapters belong to a base with another identity.
 
-        What either side does not know is not compared: PEFT adapters have no fingerprint, and
-        adapters of earlier versions no checksum.
+        Values that one side lacks are not compared: PEFT adapters have no fingerprint, and adapters
+        of earlier versions have no checksum.
         """
         assert self.record is not None
         base = self.record.base
@@ -411,8 +412,8 @@ class OpenedModel:
         elif checksums.is_other(base.get("checksum"), identity.get("checksum")):
             name, note = "checksum", ": some of its values differ"
         elif None not in (upcycled, identity.get("upcycled")) and upcycled != identity["upcycled"]:
-            # The fingerprint is that of the dense base, so it does not tell sparse models that were
-            # upcycled differently. `Model.set_adapter` may pair an adapter with another of these.
+            # Sparse models that were upcycled differently from one dense base have its fingerprint.
+            # `Model.set_adapter` may combine an adapter with a model that was not its base.
             name, note = "upcycled", ": its routers and noise differ"
         else:
             return
@@ -422,7 +423,7 @@ class OpenedModel:
         )
 
     def summary(self) -> JsonObject:
-        """Returns name, method, checkpoint, step, dtypes, counts and base for result files."""
+        """Returns the model's name, method, path, step, dtypes, counts and base, for results."""
         summary: JsonObject = {
             "name": self.name,
             "method": "none" if self.record is None else self.record.method,
@@ -464,12 +465,12 @@ def open_models(
 
     Args:
       paths: a path or a list of paths (CHECKPOINT_PATH).
-      model: the model of the gin files; its dtype and activations are used for bases that do not
-        state theirs.
+      model: the model of the gin files. Its dtype and activations are used for bases that state
+        none.
       base_path: replaces the base that a run or an adapter names.
       dtype: dtype of activations; None: the checkpoint's.
-      frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: that in which the
-        run was trained, or for a base the dtype of activations.
+      frozen_dtype: dtype of frozen matrices (`quantized.FROZEN_DTYPES`); None: as in training, or
+        for a base the dtype of activations.
 
     Raises:
       InputError: a path does not exist or is not a checkpoint, `frozen_dtype` is unknown or passed

@@ -31,8 +31,8 @@ def take_base_dimensions(
       upcycle_noise: UPCYCLE_NOISE; None: not set.
 
     Raises:
-      InputError: the base has other experts than the model; or noise is set, but the base is not
-        upcycled.
+      InputError: the base is sparse, and the model is dense or has other experts; or noise is set,
+        but the base is not upcycled.
     """
     base = None if base_path is None else base_model.open_base(base_path)
     is_upcycled = base is not None and upcycling.should_upcycle(model, base)
@@ -44,7 +44,8 @@ def take_base_dimensions(
     if base is None:
         return model
     if model.sparse is not None and not is_upcycled:
-        # A base that states no routing, such as a Switch Transformer, has the defaults of `Sparse`.
+        # A base that states no routing, such as a Switch Transformer, is taken to be trained with
+        # the defaults of `Sparse`.
         trained = sparse.from_description(base.sparse)
         assert trained is not None
         _warn_of_other_routing(model.sparse, trained, str(base_path))
@@ -60,7 +61,7 @@ def take_base_dimensions(
 
 
 def _warn_of_other_routing(current: Sparse, trained: Sparse, base_path: str) -> None:
-    """Prints a warning if a run routes tokens in another way than its base was trained with."""
+    """Prints a warning if a run does not route tokens as its base did in training."""
     settings, flags = [], []
     for name in ("routing", "top_k", "combine"):
         before, now = getattr(trained, name), getattr(current, name)
@@ -99,7 +100,7 @@ def check_initial_run(
     shapes = params_lib.flatten(network.param_shapes(model))
     initial_run.check_trainable(initial, find_trainable_paths(method, shapes), method.name)
     assert initial.record is not None
-    # The new run's base is upcycled as that of the initial run was, with the same noise.
+    # If the initial run upcycled its base, so does the new run, and with the same noise.
     initial_noise = initial.record.base.get("upcycled", {}).get("noise", 0.0)
     if upcycle_noise and upcycle_noise != initial_noise:
         raise InputError(
@@ -116,7 +117,7 @@ def find_trainable_paths(
     """Returns the paths of the parameters to train.
 
     Args:
-      method: its patterns and FROZEN_DTYPE.
+      method: the patterns of trainable parameters, and FROZEN_DTYPE.
       shapes: parameter path -> shape, of the whole model.
 
     Raises:
@@ -151,7 +152,7 @@ def initialize(
       method: which parameters train, and FROZEN_DTYPE.
       optimizer: the optimizer, whose state is created.
       checkpointing: path of the base, and UPCYCLE_NOISE.
-      record: the run's record, without what depends on the base.
+      record: the run's record, in which the fields that depend on the base are not final.
       mesh: the devices.
       rules: logical axis -> mesh axis.
       initial: the run to start from; None: the run starts from a base or random weights.
@@ -160,7 +161,7 @@ def initialize(
       (sharded train state at step 0, frozen parameters, completed record)
     """
     shapes = params_lib.flatten(network.param_shapes(model))
-    # First, so that a wrong pattern fails before the base is read, which may take minutes.
+    # Checked first, because reading the base may take minutes.
     trainable_paths = find_trainable_paths(method, shapes)
     shardings = partitioning.param_shardings(mesh, rules, network.param_axes(model), shapes)
     if initial is None or initial.opened is None:
@@ -193,7 +194,7 @@ def initialize(
     def create(params: PyTree) -> steps.TrainState:
         return steps.TrainState.create(params, optimizer)
 
-    # Compiled with the shardings of the parameters. Created eagerly, the optimizer state would
-    # first be replicated on every device.
+    # The state is created by a compiled program with the right shardings. Created eagerly, the
+    # optimizer state would first be replicated on every device.
     state_shardings = partitioning.state_shardings(jax.eval_shape(create, trained), shardings, mesh)
     return jax.jit(create, out_shardings=state_shardings)(trained), frozen, record

@@ -25,16 +25,16 @@ class Record:
       base: the base model:
         `path`: None for random weights.
         `seed`: of random weights; None for stored ones.
-        `fingerprint`: a hash of a sample of its values; None: unknown.
+        `fingerprint`: a hash of a sample of the base's values; None: unknown.
         `needed`: whether the checkpoint needs the base; False if every parameter was trained.
-        `format`: name of the stored format.
+        `format`: name of the base's format.
         `frozen_dtype`: FROZEN_DTYPE; missing in records of earlier versions.
         `checksum`: of all values; missing for random weights, and if the base was read in parts.
         `upcycled`: seed and noise of `upcycling`, if a sparse model started from a dense base.
       counts: trainable and total number of parameters.
       versions: versions of the packages that wrote the checkpoint.
-      seed: seed by which adapters were drawn; frozen ones are not saved, but drawn again.
-      trained_datasets: the training datasets, by their names in result tables; None: unknown.
+      seed: seed from which adapters were drawn. Frozen adapters are not saved, but drawn again.
+      trained_datasets: the training datasets, under their names in result tables; None: unknown.
       trained_tasks: names of the training tasks; None: unknown.
       held_out: names of the held-out datasets; None: unknown.
       optimizer: name of the optimizer's function; None: unknown.
@@ -70,7 +70,7 @@ _PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 
 
 def package_versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
-    """Returns the versions of the packages that determine what a checkpoint means."""
+    """Returns the versions of this package and of those `packages` that are installed."""
     versions = {"pemoe_jax": __version__}
     for package in packages:
         try:

@@ -34,7 +34,8 @@ from pemoe_jax.core.steps import TrainState
 from pemoe_jax.runtime import checksums, distributed, file_io
 from pemoe_jax.runtime.file_io import AnyPath
 
-# Files of Orbax: the first marks a finished checkpoint in a bucket, the second is in every one.
+# Files of Orbax. The first marks a finished checkpoint in a bucket, the second is in every
+# checkpoint.
 _FINISHED_FILE, _METADATA_FILE = "commit_success.txt", "_CHECKPOINT_METADATA"
 
 
@@ -71,8 +72,8 @@ class RunCheckpoints:
     Args:
       model_dir: the MODEL_DIR, local or `gs://`.
       keep: number of newest checkpoints to keep; None: all.
-      find_best: function from the steps of checkpoints to the step of the best one, which is kept
-        too, or to None if no best one is known.
+      find_best: function that maps the steps of checkpoints to the step of the best one, which is
+        kept too, or to None if the best one is unknown.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class RunCheckpoints:
         is_remote = file_io.is_remote(self._folder)
         options = ocp.CheckpointManagerOptions(
             step_prefix="checkpoint",
-            create=not is_remote,  # there are no folders in a bucket
+            create=not is_remote,  # a bucket has no folders
             enable_async_checkpointing=True,
             step_name_format=_BucketSteps() if is_remote else None,
             # Safe with `_BucketSteps`, which finds only finished checkpoints.
@@ -105,13 +106,13 @@ class RunCheckpoints:
     def save(
         self, state: TrainState, record: Record, position: Mapping[str, list[int]] | None = None
     ) -> None:
-        """Starts to save a state under its step, unless that step is saved already.
+        """Starts to save a state as the checkpoint of its step, unless that exists already.
 
         Args:
           state: the train state.
           record: the record of the run.
-          position: {'examples': examples that each data shard has consumed}; None: unknown.
-            `read_data_position` reads it.
+          position: {'examples': number of examples that each data shard has consumed}, which
+            `read_data_position` reads; None: unknown.
 
         Raises:
           InputError: this save, or the one before, has failed.
@@ -122,7 +123,7 @@ class RunCheckpoints:
             return
         path = self._folder / f"checkpoint_{step}"
         if not isinstance(path, Path) and jax.process_index() == 0 and path.exists():
-            _delete_in_bucket(path)  # an unfinished one, which a killed save left
+            _delete_in_bucket(path)  # an unfinished checkpoint of a killed save
         items = {
             "state": ocp.args.StandardSave(_as_tree(state)),
             "record": ocp.args.JsonSave(dataclasses.asdict(record)),
@@ -146,16 +147,16 @@ class RunCheckpoints:
     def restore_newest(self, state: TrainState) -> tuple[TrainState, int]:
         """Restores the newest undamaged checkpoint: returns (state, step).
 
-        Newer, damaged ones are renamed to `damaged_checkpoint_<step>`, and named in a warning. With
-        several processes a damaged array is an error, since only some of them may have read it. In
-        a bucket any damage is an error, since it may be the connection that fails.
+        Damaged ones that are newer are renamed to `damaged_checkpoint_<step>`, with a warning. With
+        several processes a damaged array is an error, since only some processes may have read it.
+        In a bucket any damage is an error, since the connection may have failed instead.
 
         Args:
           state: a state with the expected shapes, dtypes and shardings.
 
         Raises:
-          InputError: there is no checkpoint, every checkpoint is damaged, or one has the state of
-            another optimizer.
+          InputError: there is no checkpoint, every checkpoint is damaged, or the newest undamaged
+            one has the state of another optimizer.
         """
         errors: dict[int, DamagedCheckpoint] = {}
         finished = finished_steps(self._folder)
@@ -164,7 +165,7 @@ class RunCheckpoints:
         for step in reversed(finished):
             has_opened = False
             try:
-                # All processes read the same metadata, so they agree on whether it opens.
+                # All processes read the same metadata, so they agree on whether it can be opened.
                 _check_opens(self._folder / f"checkpoint_{step}")
                 has_opened = True
                 restored = self.restore(step, state)
@@ -208,7 +209,7 @@ class RunCheckpoints:
             tree = self._manager.restore(step, args=args)["state"]
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             folder = self._folder / f"checkpoint_{step}" / "state"
-            # Only its message tells the error of another optimizer's state from that of damage.
+            # Only the message distinguishes another optimizer's state from damage.
             if "tree structure" in str(error) or "Requested shape" in str(error):
                 raise InputError(
                     f"{folder}: expected the state of the run's optimizer, got other optimizer"
@@ -225,7 +226,7 @@ class RunCheckpoints:
         Raises:
           InputError: the save has failed.
         """
-        if self._has_failed:  # the manager would wait for the other processes, or raise again
+        if self._has_failed:  # the manager would wait for other processes, or raise the error again
             return
         self._finish()
         self._manager.close()
@@ -243,7 +244,7 @@ class RunCheckpoints:
                 self._delete_older_in_bucket(self._folder, step)
             return
         for old_step in self._old_steps(step):
-            # Renamed first: a half-deleted folder must not look like a checkpoint.
+            # Renamed first, so that a half-deleted folder does not look like a checkpoint.
             path = self._folder / f"checkpoint_{old_step}"
             path.rename(self._folder / f".deleted_{path.name}")
         for pattern in (".deleted_checkpoint_*", "checkpoint_*.orbax-checkpoint-tmp*"):
@@ -251,10 +252,10 @@ class RunCheckpoints:
                 shutil.rmtree(path)
 
     def _old_steps(self, step: int) -> set[int]:
-        """Returns the steps of finished checkpoints before `step` that are not to be kept."""
+        """Returns the steps of the finished checkpoints that `delete_older` deletes."""
         steps = [each for each in finished_steps(self._folder) if each <= step]
         old_steps = set() if self._keep is None else {*steps[: -self._keep]}
-        if not old_steps:  # spares `find_best`, which may read the run's metrics
+        if not old_steps:  # skips `find_best`, which may read the run's metrics
             return old_steps
         return old_steps - {self._find_best(steps)}
 
@@ -288,8 +289,8 @@ class RunCheckpoints:
             yield
         except Exception as error:  # Orbax and tensorstore raise many types, also Exception itself
             self._has_failed = True
-            # If a device or another process has failed, the save is not at fault: the caller
-            # reports that error.
+            # If a device or another process has failed, the save is not at fault, and the caller
+            # reports the error.
             if isinstance(error, jax.errors.JaxRuntimeError):
                 raise
             if jax.process_count() > 1 and distributed.peer_error_message(error):
@@ -310,8 +311,9 @@ class RunCheckpoints:
 def _shorten_message(error: Exception) -> str:
     """Returns the last 120 characters of the first line of an error's message.
 
-    The reason is at the end, since tensorstore's messages begin with paths. Annotations that
-    tensorstore appends, such as [os_error_code='28'], and the path of an OSError are left out.
+    The reason is at the end, since tensorstore's messages begin with paths. The annotations that
+    tensorstore appends, such as [os_error_code='28'], are left out. For an OSError, only its reason
+    is returned.
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
@@ -326,7 +328,7 @@ def _as_tree(state: TrainState) -> dict[str, PyTree]:
 
 def saved_steps(folder: AnyPath) -> list[int]:
     """Returns the steps of a run's finished checkpoints; none if the folder does not exist."""
-    # Without `record`, the folder is a checkpoint of T5X, or damaged.
+    # Without `record`, a folder is a checkpoint of T5X, or damaged.
     steps = finished_steps(folder)
     return [step for step in steps if (folder / f"checkpoint_{step}" / "record").is_dir()]
 
@@ -342,14 +344,14 @@ def _is_finished(checkpoint: AnyPath) -> bool:
     # A file system has final names only for finished checkpoints.
     if not file_io.is_remote(checkpoint) or (checkpoint / _FINISHED_FILE).exists():
         return True
-    # A checkpoint that was copied from a file system to the bucket lacks the mark, but its metadata
-    # has the time at which it was finished.
+    # A checkpoint that was copied from a file system to the bucket lacks that file, but its
+    # metadata has the time at which it was finished.
     metadata = checkpoint / _METADATA_FILE
     return metadata.exists() and bool(file_io.read_json(metadata).get("commit_timestamp_nsecs"))
 
 
 def _delete_in_bucket(checkpoint: epath.Path) -> None:
-    # The marks first: a half-deleted folder must not look like a checkpoint.
+    # These files are deleted first, so that a half-deleted folder does not look finished.
     for name in (_FINISHED_FILE, _METADATA_FILE):
         (checkpoint / name).unlink(missing_ok=True)
     file_io.delete_folder(checkpoint)

@@ -25,7 +25,8 @@ from pemoe_jax.runtime import checksums, file_io
 # Metadata key of files that this package writes: the CRC-32C of each block of each array's bytes.
 # Checksums are per block, because a process may read only some rows of an array.
 CHECKSUMS_KEY = "crc32c"
-_BLOCK_BYTES = 1 << 24  # `file_io.SPAN_BYTES` must be a multiple: one thread computes a checksum
+# `file_io.SPAN_BYTES` must be a multiple of it, so that one thread computes a whole checksum.
+_BLOCK_BYTES = 1 << 24
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -46,7 +47,7 @@ _MAX_RANK = 32  # the limit of numpy before version 2
 
 
 def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
-    """Opens a file as (name -> array, its metadata); reads its header only.
+    """Opens a file as (name -> array, metadata of the file), reading only its header.
 
     Raises:
       InputError: the file is missing, is not a safetensors file, is truncated, or its arrays
@@ -69,8 +70,8 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
             f"{path}: truncated, or not a safetensors file: its header claims {header_bytes:,}"
             f" bytes, the file has {file_bytes:,}"
         )
-    # The header is untrusted JSON: its values may have any type. Accessing a wrong one raises one
-    # of the errors below, so only the checks whose messages help a user are written out.
+    # The header is untrusted JSON, whose values may have any type. Using a value of a wrong type
+    # raises one of the errors below, so only the checks whose messages help a user are written out.
     try:
         text = file_io.read_range(path, 8, header_bytes).tobytes()
         header = file_io.parse_json(text, lambda pairs: _unique_keys(path, pairs))
@@ -90,13 +91,14 @@ def open_file(path: epath.Path) -> tuple[dict[str, LazyArray], dict[str, str]]:
             raise ValueError("metadata that is not an object, or an unprintable name")
         data_end = data_start + _check_contiguous(path, header)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):  # a ValueError too, but with its own message
+        if isinstance(error, InputError):  # a subclass of ValueError that has its own message
             raise
         raise InputError(f"{path}: not a safetensors file ({error!r:.200})") from error
     if data_end != file_bytes:
         problem = "truncated" if data_end > file_bytes else "too long"
         raise InputError(
-            f"{path}: {problem}: expected {data_end:,} bytes by its header, got {file_bytes:,}"
+            f"{path}: {problem}: its header describes {data_end:,} bytes, the file has"
+            f" {file_bytes:,}"
         )
     return arrays, metadata
 
@@ -118,8 +120,8 @@ def _check_contiguous(path: epath.Path, header: Mapping[str, Any]) -> int:
         if begin != end:
             problem = "overlaps another array" if begin < end else "has a gap before it"
             raise InputError(
-                f"{path}: {name!r:.100}: expected its first byte at {end:,} by the header, got"
-                f" {begin:,}, which {problem}"
+                f"{path}: {name!r:.100}: expected to start at byte {end:,}, but the header has"
+                f" {begin:,}: it {problem}"
             )
         end = next_end
     return end
@@ -165,14 +167,14 @@ def _parse_entry(
     num_bytes = math.prod(shape) * dtype.itemsize
     if end - begin != num_bytes:
         raise InputError(
-            f"{path}: {name!r:.100} {shape!s:.80}: expected {num_bytes:,} bytes,"
-            f" got {end - begin:,} by the header"
+            f"{path}: {name!r:.100} {shape!s:.80}: expected {num_bytes:,} bytes, but the header has"
+            f" {end - begin:,}"
         )
     offset = data_start + begin
     bounds = offset, offset + num_bytes
     # 8 digits for each block; the last block may be shorter.
     if crcs is not None and len(crcs) != 8 * -(-num_bytes // _BLOCK_BYTES):
-        raise ValueError(f"checksums of {name!r:.80} for another number of bytes")
+        raise ValueError(f"the checksums of {name!r:.80} are for another number of bytes")
 
     def read(start: int, size: int) -> np.ndarray:
         if crcs is None:
@@ -188,7 +190,7 @@ def _parse_checksums(metadata: Mapping[str, Any]) -> dict[str, str]:
     if not stored:
         return {}
     if stored["block_bytes"] != _BLOCK_BYTES:
-        raise ValueError(f"checksums of blocks of another size than {_BLOCK_BYTES:,} bytes")
+        raise ValueError(f"the checksums are not for blocks of {_BLOCK_BYTES:,} bytes")
     if not all(isinstance(crcs, str) for crcs in stored["arrays"].values()):
         raise ValueError("checksums that are not strings")
     return dict(stored["arrays"])
@@ -207,9 +209,9 @@ def _make_checksums(arrays: Mapping[str, np.ndarray]) -> str:
 def _read_verified(
     path: epath.Path, name: str, bounds: tuple[int, int], crcs: str, offset: int, size: int
 ) -> np.ndarray:
-    """Reads a range of an array's bytes, and verifies the checksums of the blocks it overlaps.
+    """Reads a range of an array's bytes, and verifies the checksums of all blocks in it.
 
-    These blocks are read in full, since a checksum covers a whole block.
+    Blocks that are partly in the range are read in full, since a checksum covers a whole block.
 
     Args:
       path: the file.
@@ -227,8 +229,8 @@ def _read_verified(
     start, stop = begin + first * _BLOCK_BYTES, min(end, begin + last * _BLOCK_BYTES)
     actual = [0] * (last - first)
 
-    # A read block never spans two checksum blocks: _BLOCK_BYTES is a multiple of its size. Threads
-    # read different checksum blocks.
+    # `part` is never in two checksum blocks, because _BLOCK_BYTES is a multiple of its size. No two
+    # threads read the same checksum block.
     def visit(position: int, part: np.ndarray) -> None:
         block = position // _BLOCK_BYTES
         actual[block] = checksums.crc32c(part, actual[block])
@@ -285,8 +287,8 @@ def save_file(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[st
         safetensors.numpy.save_file(contiguous, path, metadata=metadata)
     except safetensors.SafetensorError as error:
         raise InputError(f"{path}: cannot be written: {error}") from error
-    # The library creates files that only their owner can read. The operating system returns the
-    # umask only when a new one is set.
+    # The library creates files that only their owner can read. The umask can be read only by
+    # setting a new one.
     umask = os.umask(0)
     os.umask(umask)
     path.chmod(0o666 & ~umask)

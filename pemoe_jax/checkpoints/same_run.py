@@ -15,15 +15,15 @@ def check_same_run(
 ) -> list[str]:
     """Raises InputError, with every difference, if a run cannot resume from a checkpoint.
 
-    A field that either record leaves unknown is not compared: None, as in records of earlier
-    versions, or an empty `base`. So settings can be compared before the base is read, which may
-    take minutes.
+    Settings that either record leaves unknown are not compared: records of earlier versions lack
+    some fields, and `base` may be empty. So the settings can be compared before the base is read,
+    which may take minutes.
 
     Args:
       folder: the MODEL_DIR, for the message.
       saved: the checkpoint's record.
       current: the record of the resumed run.
-      allow_changes: whether other data, another seed and other batches are accepted.
+      allow_changes: whether changes of the data, the seed and the batches are accepted.
 
     Returns:
       The accepted differences.
@@ -40,7 +40,7 @@ def check_same_run(
 
 
 def _draws_frozen_parameters(record: Record) -> bool:
-    """Whether frozen parameters may depend on the seed; the checkpoint does not hold them."""
+    """Whether a run may have frozen parameters that are drawn from its seed, and are not saved."""
     # FREEZE may match adapters too ('all_but_router'), and adapters are always drawn.
     has_freeze = freezing.parse_patterns(record.trainable)[1] is not None
     is_base_drawn = record.base["path"] is None or "upcycled" in record.base
@@ -48,7 +48,7 @@ def _draws_frozen_parameters(record: Record) -> bool:
 
 
 def _data_differences(saved: Record, current: Record) -> Iterator[str]:
-    """Yields the differences that `allow_changes` accepts: of the seed, tasks and batches."""
+    """Yields the differences that `allow_changes` accepts, in seed, tasks and batches."""
     if saved.seed != current.seed and not _draws_frozen_parameters(saved):
         yield f"SEED {saved.seed} -> {current.seed}"
     yield from _changed_names("training tasks", saved.trained_tasks, current.trained_tasks)
@@ -62,7 +62,8 @@ def _data_differences(saved: Record, current: Record) -> Iterator[str]:
 def _differences(saved: Record, current: Record) -> Iterator[str]:
     """Yields differences that make the checkpoint's state unusable."""
     before, after = _settings(saved, saved), _settings(current, saved)
-    # Settings of another method all differ; the methods' names, compared below, say enough.
+    # With another method, all of these differ. The names of the methods, which are compared below,
+    # say enough.
     if saved.method == current.method:
         for settings, record in ((before, saved), (after, current)):
             patterns, freeze = freezing.parse_patterns(record.trainable)
@@ -85,8 +86,8 @@ def _settings(record: Record, saved: Record) -> dict[str, Any]:
     """Returns name -> value of the settings that must not change when a run resumes.
 
     Args:
-      record: the record to read the settings from; unknown ones are left out.
-      saved: the checkpoint's record. It determines whether the base and SEED are included.
+      record: the record to read the settings from. Unknown settings are left out.
+      saved: the checkpoint's record, which determines whether the base and SEED are included.
     """
     base = record.base if saved.base["needed"] else {}
     settings = {
@@ -112,14 +113,14 @@ def _settings(record: Record, saved: Record) -> dict[str, Any]:
 
 
 def _initial_differences(saved: Record, current: Record) -> Iterator[str]:
-    """Yields a line if the two runs started from different initial runs."""
+    """Yields a line if the runs started from different initial runs (see `initial_run`)."""
     if not current.base:  # `initial` is known only once the base is read
         return
     before, after = (
         "none" if record.initial is None else record.initial["fingerprint"]
         for record in (saved, current)
     )
-    # Earlier versions recorded a fully fine-tuned initial run only as the base.
+    # Earlier versions recorded an initial run that trained the whole model only as the base.
     if saved.initial is None and after == saved.base.get("fingerprint"):
         return
     if before != after:
@@ -163,7 +164,7 @@ def _describe(sparse: Mapping[str, Any] | None) -> str:
 
 
 def _flatten(description: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields of an adapter's description, its router's as 'router.<field>'."""
+    """Returns the fields of an adapter's description, with the router's as 'router.<field>'."""
     router = description.get("router")
     fields = {name: value for name, value in description.items() if name != "router"}
     if isinstance(router, Mapping):

@@ -18,7 +18,7 @@ from pemoe_jax.checkpoints.lazy_array import LazyArray
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 
-INDEX = "checkpoint"  # the file that a checkpoint in the legacy format has
+INDEX = "checkpoint"  # file in every checkpoint of the legacy format
 _PLACEHOLDER = "PLACEHOLDER://"
 
 
@@ -57,14 +57,14 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
         KeyError,
         TypeError,
         AttributeError,
-        RecursionError,  # nested more deeply than Python's functions may call each other
+        RecursionError,  # from an index that is nested too deeply
         msgpack.UnpackException,
     ) as error:
         raise InputError(
             f"{index}: expected a T5X index with a `target`, got something else"
             f" ({type(error).__name__}: {error})"
         ) from error
-    # T5X writes an array as a zarr folder, but puts a small one into the index itself.
+    # T5X writes an array as a zarr folder, but puts a small array into the index itself.
     names: dict[str, str] = {}
     arrays: dict[str, LazyArray] = {}
     for path, leaf in leaves.items():
@@ -78,7 +78,7 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
 def _zarr_name(leaf: object, index: epath.Path, path: str) -> str:
     """Returns the name of an array's folder, the only part of an index entry that is used.
 
-    Drivers, buckets and absolute paths in an entry are those of the machine that wrote it.
+    The driver, bucket and absolute path in an entry are valid only on the machine that wrote it.
     """
     if isinstance(leaf, str) and leaf.startswith(_PLACEHOLDER):
         return leaf.removeprefix(_PLACEHOLDER)

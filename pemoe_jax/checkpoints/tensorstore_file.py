@@ -1,7 +1,7 @@
 """Opens arrays in zarr format with tensorstore: those of Orbax and of T5X's legacy format.
 
-Each array is a folder, local or `gs://`, or has a prefix of keys in an OCDBT store, tensorstore's
-database in few files. Opening an array reads only its metadata.
+Each array is a folder, local or `gs://`, or a prefix of keys in an OCDBT store, tensorstore's
+database that packs many arrays into a few files. Opening an array reads only its metadata.
 """
 
 import contextlib
@@ -46,8 +46,8 @@ def open_orbax(state: epath.Path, item: str) -> dict[str, LazyArray]:
     has_ocdbt = (state / "manifest.ocdbt").exists()
     kvstore: KvStore = {"driver": "ocdbt", "base": base, "path": ""} if has_ocdbt else base
     with _one_line_errors(state):
-        # All keys that start with "target.", as '/' is the character after '.'. Listing only these
-        # spares the optimizer state.
+        # This range has all keys that start with "target.", because '/' is the character after '.'.
+        # The keys of the optimizer state are not listed.
         key_range = ts.KvStore.KeyRange(f"{item}.", f"{item}/")
         keys = [key.decode() for key in ts.KvStore.open(kvstore).result().list(key_range).result()]
     # Metadata files mark the arrays; the other keys are chunks.
@@ -64,7 +64,7 @@ def open_arrays(
 ) -> dict[str, LazyArray]:
     """Opens arrays as path -> array.
 
-    All are opened concurrently, because in remote storage each one takes a round trip.
+    All are opened concurrently, because opening one in remote storage takes a round trip.
 
     Args:
       folder: the checkpoint, for errors.
@@ -76,7 +76,7 @@ def open_arrays(
       InputError: an array is missing or unreadable.
     """
     context = ts.Context()
-    # By default tensorstore reads a missing chunk as zeros: damage would go unnoticed.
+    # By default tensorstore reads a missing chunk as zeros, which would hide damage.
     spec = {"driver": driver, "fill_missing_data_reads": False}
     futures = {}
     for path, name in names.items():

@@ -25,8 +25,8 @@ from pemoe_jax.core.errors import InputError
 from pemoe_jax.core.network import Transformer
 
 _COPIED_MLP = re.compile(r"(.*/)(mlp/expert|extra_mlp)/(\w+)/kernel")
-# Parameters without a counterpart in the dense model, and `extra_mlp/wo`, which starts at zero
-# instead of as a copy.
+# Parameters without a counterpart in the dense model, and `extra_mlp/wo`, which is set to zero
+# instead of copied.
 _INITIALIZED = re.compile(r".*/(mlp/router|pre_extra_mlp_layer_norm|extra_mlp/wo)/.*")
 
 

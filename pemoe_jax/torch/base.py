@@ -1,4 +1,7 @@
-"""Finds the modules of a base model at our sites, its dimensions and its fingerprint."""
+"""Finds the modules of a base model at our sites, and its dimensions and fingerprint.
+
+A site, such as 'key' or 'gate', is a kind of place in every layer; see `config.SITES`.
+"""
 
 import os
 from collections.abc import Iterator
@@ -20,12 +23,12 @@ _CLASSES = ("T5ForConditionalGeneration", "T5EncoderModel")
 _ATTENTION_MODULES = {"query": "q", "key": "k", "value": "v", "out": "o"}  # by site
 
 
-class Site(NamedTuple):
-    """One place in a model where an adapter is added.
+class Place(NamedTuple):
+    """One place in a model where an adapter of (x, y) is added: a site of one layer.
 
     Attributes:
       path: our path of the adapter, such as 'encoder/layers_0/attention/key_adapter'.
-      stack: the stack whose tokens x holds: at keys and values of cross-attention the encoder.
+      stack: the stack whose tokens are in x; the encoder at keys and values of cross-attention.
       parent, name: the module to wrap is the attribute `name` of `parent`.
       x_features: size of x's last axis.
       y_shape: axes of y after batch and length.
@@ -56,10 +59,10 @@ def has_decoder(model: Any) -> bool:
     return hasattr(model, "decoder")
 
 
-def find_sites(model: Any, site: str) -> Iterator[Site]:
-    """Yields the places of a site, one of our eight, in all layers of a model, in order."""
+def find_places(model: Any, site: str) -> Iterator[Place]:
+    """Yields the places of a site in all layers of a model, in order."""
     config = model.config
-    # At wo, x is the hidden activation; at out, the heads' values.
+    # x is the hidden activation at wo, the heads' values at out, and [B, L, D] at the other sites.
     x_sizes = {"out": config.num_heads * config.d_kv, "wo": config.d_ff}
     x_features = x_sizes.get(site, config.d_model)
     if site in ("query", "key", "value"):
@@ -81,11 +84,11 @@ def find_sites(model: Any, site: str) -> Iterator[Site]:
             elif site == "wi_0" and not hasattr(parent, "wi_0"):
                 name = "wi"  # of T5 1.0
             elif site == "wi_1" and not hasattr(parent, "wi_1"):
-                raise InputError("an adapter at wi_1 must have a T5 v1.1, got a T5 with one wi")
+                raise InputError("an adapter at wi_1 needs a T5 v1.1, got a T5 with one wi")
             if not isinstance(getattr(parent, name), nn.Module):
                 raise InputError(f"expected a module at {path}, got none")
             x_stack = "encoder" if reads_encoder else stack
-            yield Site(path, x_stack, parent, name, x_features, y_shape)
+            yield Place(path, x_stack, parent, name, x_features, y_shape)
 
 
 def execution_device(module: nn.Module) -> torch.device:
@@ -93,7 +96,7 @@ def execution_device(module: nn.Module) -> torch.device:
     weight = next(module.parameters())
     if weight.device.type != "meta":
         return weight.device
-    # accelerate keeps the weights of an offloaded module elsewhere; its hook has the device.
+    # accelerate keeps the weights of an offloaded module elsewhere, and its hook has the device.
     hooks = (getattr(each, "_hf_hook", None) for each in module.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((d for d in devices if d is not None), "cpu"))
@@ -131,8 +134,8 @@ class Fingerprint(NamedTuple):
 
     Attributes:
       value: the fingerprint; None: unknown.
-      reason: why `value` is unknown, or may not be the fingerprint of the base's checkpoint; None:
-        it is that fingerprint.
+      reason: why `value` is unknown, or may not be the fingerprint of the base's checkpoint; None
+        if it is that fingerprint.
     """
 
     value: str | None
@@ -149,7 +152,8 @@ def fingerprint(model: Any) -> Fingerprint:
     dtypes = {p.dtype for p in weights.values()}
     if dtypes - {torch.float32, torch.bfloat16, torch.float16}:
         return Fingerprint(None, "the T5 is quantized")
-    # The fingerprint is the checkpoint's only if that is float16 too, which is not known here.
+    # The result is the checkpoint's fingerprint only if the checkpoint is float16 too, which is not
+    # known here.
     is_float16 = torch.float16 in dtypes
     reason = "the T5 is float16, load it with dtype=torch.float32" if is_float16 else None
     depths = {stack: len(getattr(model, stack).block) for stack in ("encoder", "decoder")}
@@ -163,7 +167,8 @@ def fingerprint(model: Any) -> Fingerprint:
     if not _has_tied_form(model):
         kernel = model.lm_head.weight.T
         if model.config.scale_decoder_outputs:
-            if kernel.dtype != torch.float32:  # a product of rounded values rounds differently
+            # A product of rounded values may differ from the product of the checkpoint's values.
+            if kernel.dtype != torch.float32:
                 reason = "the T5 scales its output, load it with dtype=torch.float32"
                 return Fingerprint(None, reason)
             arrays[names_lib.OUR_HEAD] = _Scaled(kernel, float(np.float32(kernel.shape[0] ** -0.5)))
@@ -188,7 +193,7 @@ class _Scaled(NamedTuple):
 
 
 def _sample(array: Any) -> np.ndarray:
-    """Returns the same as `core.params.sample_array`, for a tensor or a `_Scaled`."""
+    """Returns the result of `core.params.sample_array` for a tensor or a `_Scaled`."""
     indices = fingerprints.sample_indices(tuple(array.shape))
     values = array[tuple(map(torch.from_numpy, indices))].detach()
     # Through int16, because numpy has no bfloat16 and older versions of torch have no uint16.

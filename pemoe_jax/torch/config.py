@@ -1,4 +1,4 @@
-"""Settings of adapters and routers, with names and defaults of `core.adapters`, `core.routing`."""
+"""Settings of adapters and routers, named as in `core.adapters` and `core.routing`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -83,7 +83,7 @@ class ExpertsConfig:
 
 
 def _check_types(kind: str, config: "RouterConfig | ExpertsConfig") -> None:
-    # Types only. `layer` checks ranges, since some depend on other settings, as top_k on E.
+    # Only types. `layer` checks ranges, since some depend on other settings: top_k is at most E.
     for field in dataclasses.fields(config):
         settings.check_type(f"{kind}.{field.name}", getattr(config, field.name), field.type)
 
@@ -98,7 +98,7 @@ class MixtureConfig:
       rank, alpha: R and α of lora and molora.
       router: settings of the routers of mov and molora.
       sentence_dim: S, size of the sentence embeddings that routers may read; None: D.
-      adapters: site -> settings of its experts, instead of the four settings from `num_experts` to
+      adapters: site -> settings of its experts, which replace the settings from `num_experts` to
         `router`; None: made from these settings, at the sites of the method.
     """
 
@@ -124,7 +124,7 @@ class MixtureConfig:
         object.__setattr__(self, "adapters", dict.fromkeys(sites, experts))
 
     def describe(self) -> dict[str, JsonObject]:
-        """Returns the adapters by site as `core.adapters.describe` does, for checkpoints."""
+        """Returns site -> settings as `core.adapters.describe` does, for checkpoints."""
         assert self.adapters is not None
         return {site: self.adapters[site].describe() for site in SITES if site in self.adapters}
 
@@ -161,11 +161,11 @@ def _parse_experts(description: object) -> ExpertsConfig:
 def _known_fields(description: object, config: type) -> JsonObject:
     """Returns a description's fields; raises InputError if one is neither `kind` nor a setting."""
     if not isinstance(description, Mapping):
-        raise InputError(f"an adapter must be described by an object, got {description!r:.60}")
+        noun = "a router" if config is RouterConfig else "an adapter"
+        raise InputError(f"{noun} must be described by an object, got {description!r:.60}")
     names = {field.name for field in dataclasses.fields(config)}
     unknown = sorted(description.keys() - {"kind", *names})
     if unknown:
-        raise InputError(
-            f"{description.get('kind')} has no settings {unknown}: written by another version?"
-        )
+        kind = description.get("kind", config.__name__)
+        raise InputError(f"{kind} has no settings {unknown}: written by another version?")
     return dict(description)

@@ -1,6 +1,6 @@
 """Experts and routers in PyTorch, with the equations, names and shapes of `core.adapters`.
 
-Parameters are float32, also if the base computes in bfloat16. Probabilities and mixtures of vectors
+Parameters are float32, even if the base computes in bfloat16. Probabilities and mixtures of vectors
 are computed in float32.
 """
 
@@ -17,7 +17,7 @@ from pemoe_jax.torch.config import ExpertsConfig, RouterConfig
 
 @dataclasses.dataclass
 class TokenInfo:
-    """The inputs of routers that are the same at all sites of a stack.
+    """What routers use besides x and y; it is the same at all sites of a stack.
 
     Attributes:
       valid: [B, L], 0 at padding, which auxiliary losses ignore; None: no token is padding.
@@ -31,7 +31,8 @@ class TokenInfo:
 class Router(nn.Module):
     """Computes `softmax(x W / τ)` over experts, in float32; top-k routing keeps the k largest.
 
-    After a forward pass in training, `aux_loss` is the auxiliary loss; None without coefficients.
+    After a forward pass in training, `aux_loss` is the auxiliary loss, or None if both coefficients
+    are 0.
 
     Args:
       num_features: size of the features' last axis.
@@ -45,7 +46,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
-        # `check_router` reads the settings as attributes of the router, as those of Flax are.
+        # `check_router` reads the settings as attributes of the router, as in Flax.
         for field in dataclasses.fields(config):
             setattr(self, field.name, getattr(config, field.name))
         settings.check_router(self)
@@ -55,8 +56,8 @@ class Router(nn.Module):
         self.aux_loss: Tensor | None = None
 
     def forward(self, features: Tensor, tokens: TokenInfo) -> Tensor:
-        """Returns probabilities, float32 [..., E], of features [..., D] or embeddings [B, S]."""
-        # Autocast is disabled, as it would compute the product in bfloat16.
+        """Returns probabilities, float32 [..., E], from features [..., D] or embeddings [B, S]."""
+        # Autocast is disabled, because it would compute the product in bfloat16.
         with torch.autocast(features.device.type, enabled=False):
             features = features.float()
             if self.has_noise():
@@ -65,7 +66,7 @@ class Router(nn.Module):
             return self.route(features @ self.kernel.float(), tokens)
 
     def has_noise(self) -> bool:
-        """Whether features are multiplied by noise, as they are in training if ε > 0."""
+        """Whether the features are multiplied by noise: in training, if ε > 0."""
         return self.training and self.config.jitter_noise > 0
 
     def route(self, logits: Tensor, tokens: TokenInfo) -> Tensor:
@@ -107,7 +108,7 @@ def _softmax(logits: Tensor) -> Tensor:
     if logits.device.type != "cpu":
         return functional.softmax(logits, dim=-1)
     # On a CPU, torch's softmax takes 0.17 µs for each row, however short the row is. For the 6144
-    # rows of MoV-10 at a key of T5 Small these are 1.07 ms, and the lines below take 0.19 ms.
+    # rows of MoV-10 at a key of T5 Small that is 1.07 ms, while the lines below take 0.19 ms.
     exp = torch.exp(logits - logits.detach().amax(-1, keepdim=True))
     return exp / exp.sum(-1, keepdim=True)
 
@@ -149,7 +150,7 @@ class Experts(nn.Module):
       device: device of the parameters.
     """
 
-    default_source = "x"
+    default_source = "x"  # what the router reads unless its setting `reads` is set
 
     def __init__(
         self,
@@ -184,7 +185,10 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     def _route(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns the probabilities [B, L or 1, (H,) E]: 1 for embeddings, H for y with heads."""
+        """Returns the probabilities [B, L, E], or [B, L, H, E] if the router reads a y with heads.
+
+        L is 1 if the router reads sentence embeddings.
+        """
         assert self.router is not None
         if self.source != "sentence":
             return self.router(x if self.source == "x" else y, self.tokens)
@@ -307,7 +311,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 class AdaptedLinear(nn.Module):
-    """A projection of the base and the experts at its site."""
+    """A projection of the base, with the experts at its site."""
 
     def __init__(self, base_layer: nn.Module, adapter: Experts) -> None:
         super().__init__()
@@ -344,7 +348,7 @@ class AdaptedMlp(nn.Module):
         if is_gated:
             hidden = hidden * mlp.wi_1(x)
         hidden = mlp.dropout(hidden)
-        # As `T5DenseGatedActDense` of transformers, which keeps wo in float32 in a float16 model.
+        # As in transformers' `T5DenseGatedActDense`, which keeps wo in float32 in a float16 model.
         if mlp.wo.weight.is_floating_point():
             hidden = hidden.to(mlp.wo.weight.dtype)
         return mlp.wo(hidden)

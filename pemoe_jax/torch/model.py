@@ -44,8 +44,8 @@ class MixtureModel(nn.Module):
         self.base_model = _check_model(model)
         self.mixture_config = config
         self._step = 0
-        self._record: Record | None = None  # of the loaded adapter
-        # Now, because wrapping the modules renames the parameters.
+        self._record: Record | None = None  # the record of the loaded adapter
+        # Computed first, because wrapping the modules renames the parameters.
         self._identity = base_lib.dimensions(model), base_lib.fingerprint(model)
         self._tokens = {stack: layer_lib.TokenInfo() for stack in ("encoder", "decoder")}
         self._total = sum(p.numel() for p in model.parameters())
@@ -80,7 +80,7 @@ class MixtureModel(nn.Module):
             sentence_dim=record.config.get("sentence_dim"),
             adapters=parse_description(record.adapters),
         )
-        # Before the model is changed, so that a wrong adapter leaves it intact.
+        # Checked before the model is changed, so that an adapter of another base leaves it intact.
         _check_base(model, record, f"adapter {path}")
         mixture = cls(model, config)
         mixture._load_arrays(arrays, f"adapter {path}")
@@ -140,7 +140,8 @@ class MixtureModel(nn.Module):
     def forward(self, *args: Any, sentence_embeddings: Tensor | None = None, **kwargs: Any) -> Any:
         """Calls the base; `sentence_embeddings` [B, S] are for routers that read them.
 
-        In training mode, the output's `loss` includes `aux_loss`, if a router has a coefficient.
+        In training mode, the output's `loss` includes `aux_loss`, if a router has a coefficient of
+        an auxiliary loss.
         """
         self._set_tokens(sentence_embeddings, kwargs)
         output = self.base_model(*args, **kwargs)
@@ -166,14 +167,14 @@ class MixtureModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":  # not set yet: the next line would recurse without end
+            if name == "base_model":  # not set yet, so the next line would recurse without end
                 raise
             return getattr(self.base_model, name)
 
     def _set_tokens(self, sentence: Tensor | None, batch: Mapping[str, Any]) -> None:
         """Sets the inputs of routers for a forward pass, from the arguments of the base."""
-        # They stay set until the next call: with gradient checkpointing, the backward pass computes
-        # the forward pass again.
+        # The inputs stay set until the next call, because with gradient checkpointing the backward
+        # pass computes the forward pass again.
         if not self._has_aux_loss and not self._reads_sentence:
             return
         labels = batch.get("labels")
@@ -211,7 +212,8 @@ class MixtureModel(nn.Module):
         ]
         if problems:
             raise InputError(
-                f"{source} does not fit its {plural(len(parameters), 'array')}: {problems[0]}"
+                f"{source} does not fit the model's {plural(len(parameters), 'adapter array')}:"
+                f" {problems[0]}"
             )
         with torch.no_grad():
             for path, array in arrays.items():
@@ -227,6 +229,7 @@ class MixtureModel(nn.Module):
         dimensions, (fingerprint, reason) = self._identity
         if reason is not None:
             fingerprint = None
+            # stacklevel 3: the caller of `save_pretrained`.
             warnings.warn(f"the fingerprint of the base is not saved: {reason}", stacklevel=3)
         dtype = "bfloat16" if self.base_model.dtype == torch.bfloat16 else "float32"
         return Record(
@@ -257,11 +260,11 @@ def _add_adapters(
     """Wraps the modules of a base at the sites of `config`; returns our path -> adapter."""
     assert config.adapters is not None
     adapters = {}
-    # Gate comes last. Its wrapper replaces the whole MLP, whose modules `find_sites` could then not
-    # find for the other sites.
+    # Gate comes last, because its wrapper replaces the whole MLP, in which `find_places` could then
+    # not find the modules of other sites.
     for site in sorted(config.adapters, key=lambda site: (site == "gate", SITES.index(site))):
         settings = config.adapters[site]
-        for place in list(base_lib.find_sites(model, site)):
+        for place in list(base_lib.find_places(model, site)):
             module = getattr(place.parent, place.name)
             adapter = _KINDS[settings.kind](
                 settings,
@@ -278,9 +281,9 @@ def _add_adapters(
 
 
 def _check_model(model: Any) -> Any:
-    """Returns the model; InputError unless it is a T5 of transformers without adapters."""
+    """Returns the model; raises InputError unless it is a T5 of transformers without adapters."""
     if any(isinstance(each, Experts) for each in base_lib.check_model(model).modules()):
-        raise InputError("the model must be without adapters, got one that has them already")
+        raise InputError("the model must have no adapters, got one that has adapters already")
     return model
 
 
@@ -293,7 +296,7 @@ def _check_record(record: Record, source: str) -> None:
 def _check_base(model: Any, record: Record, source: str) -> None:
     """Raises InputError if an adapter belongs to a base of other dimensions or fingerprint.
 
-    If a fingerprint is unknown, warns that only the dimensions are compared.
+    If a fingerprint is unknown, warns that it is not compared.
     """
     actual = base_lib.dimensions(model)
     # Records of earlier versions omit these fields if they have the values of T5 v1.1.
@@ -316,4 +319,5 @@ def _check_base(model: Any, record: Record, source: str) -> None:
             f"{source} belongs to the base {record.base['path']} with fingerprint {expected};"
             f" {base_lib.name_of(model)} has {fingerprint}: pass the base that it was trained on"
         )
+    # stacklevel 3: the caller of `from_pretrained`.
     warnings.warn(f"{source}: the fingerprint of its base is not compared: {reason}", stacklevel=3)

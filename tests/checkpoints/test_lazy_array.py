@@ -194,14 +194,17 @@ def test_nan_is_refused():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda data: data[:-10], "truncated: expected 712 bytes by its header, got 702"),
-        (lambda data: data + b"x", "too long: expected 712 bytes"),
+        (lambda data: data[:-10], "truncated: its header describes 712 bytes, the file has 702"),
+        (lambda data: data + b"x", "too long: its header describes 712 bytes"),
         (lambda data: data[:20], "truncated, or not a safetensors file"),
         (lambda data: data[:3], "got 3 bytes"),
         (lambda data: b"<html>not found</html>", "not a safetensors file"),
         (lambda data: data[:8] + b"[" + data[9:], "not a safetensors file"),
         (lambda data: data.replace(b'"F32"', b'"C64"'), "expected a dtype of .*, got C64"),
-        (lambda data: data.replace(b"[8,6]", b"[8,7]"), r"\(8, 7\): expected 224 bytes, got 192"),
+        (
+            lambda data: data.replace(b"[8,6]", b"[8,7]"),
+            r"\(8, 7\): expected 224 bytes, but the header has 192",
+        ),
         (lambda data: data.replace(b"[8,6]", b'"86"'), "not a safetensors file"),
     ],
 )
@@ -218,11 +221,14 @@ def test_damaged_files(file, tmp_path, damage, message):
     [
         (
             {"a": ([2], 0, 8), "b": ([2], 4, 12)},
-            "'b': .* at 8 by the header, got 4, which overlaps",
+            "'b': expected to start at byte 8, but the header has 4: it overlaps",
         ),
-        ({"a": ([2], 0, 8), "b": ([2], 0, 8)}, "got 0, which overlaps"),
-        ({"a": ([2], 0, 8), "b": ([2], 12, 20)}, "at 8 by the header, got 12, which has a gap"),
-        ({"a": ([2], 4, 12)}, "got 4, which has a gap"),
+        ({"a": ([2], 0, 8), "b": ([2], 0, 8)}, "but the header has 0: it overlaps"),
+        (
+            {"a": ([2], 0, 8), "b": ([2], 12, 20)},
+            "to start at byte 8, but the header has 12: it has a gap",
+        ),
+        ({"a": ([2], 4, 12)}, "but the header has 4: it has a gap"),
         ({"a": ([2**62] * 300_000, 0, 8)}, "too large"),
         ({"a": ([2**62] * 3, 0, 8)}, "too large"),
         ({"a": ([1] * 65, 0, 4)}, "too large"),

@@ -416,7 +416,9 @@ def test_adapters_in_some_layers_only_are_refused(load, edited):
     )
     absent = "decoder.block.0.layer.0.SelfAttention.q"
     check_refused(
-        lambda: load(folder), "target_modules: expected q in every layer", f"none is at {absent}"
+        lambda: load(folder),
+        "target_modules: expected q in every layer",
+        f"but {absent} has no tensor",
     )
 
 

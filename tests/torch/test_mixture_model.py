@@ -118,7 +118,7 @@ def test_other_folders_are_refused(saved, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoint_8"
     (checkpoint / "record").mkdir(parents=True)
     for path in (checkpoint.parent, checkpoint):
-        message = f"{path} must be an adapter .*, got a run: pemoe convert adapter {path} "
+        message = f"{path} must be an adapter .*, got a run: use pemoe convert adapter {path} "
         check_refused(message, load, tiny_t5(), path)
 
 
@@ -138,10 +138,10 @@ def test_what_trains_is_printed(capsys):
 def test_other_models_are_refused(saved):
     check_refused("must be a T5For.*, got Linear", MixtureModel, torch.nn.Linear(2, 2), MOV)
     mixture = MixtureModel(tiny_t5(), MOV)
-    check_refused("got one that has them already", MixtureModel, mixture.base_model, MOV)
+    check_refused("got one that has adapters already", MixtureModel, mixture.base_model, MOV)
     with warnings.catch_warnings(action="error"):  # and nothing is said of its base
         load = MixtureModel.from_pretrained
-        check_refused("got one that has them already", load, mixture.base_model, saved)
+        check_refused("got one that has adapters already", load, mixture.base_model, saved)
     check_refused("got MixtureModel", MixtureModel, mixture, MOV)
     encoder = MixtureModel(tiny_t5("T5EncoderModel"), MOV)
     check_refused("got a T5EncoderModel", encoder.save_pretrained, saved / "again")

@@ -39,9 +39,9 @@ def is_checkpoint(folder: epath.Path) -> bool:
 
 
 def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
-    """Opens a folder as path -> array; reads config.json and the headers of the weights.
+    """Opens a folder as path -> array; reads only config.json and the headers of the weights.
 
-    With these arrays, the logits are those that transformers 5.24 computes, see `_open_logits`.
+    With these arrays, our network computes the logits of transformers 5.24; see `_open_logits`.
 
     Raises:
       InputError: the model is not a T5 or a Switch Transformer that this package supports, or a
@@ -54,13 +54,13 @@ def open_checkpoint(folder: epath.Path) -> dict[str, LazyArray]:
     names_lib.drop_copies(f"{folder}", weights)
     is_switch = config["model_type"] == config_lib.SWITCH
     layout = names_lib.find_layout(weights, is_switch)
-    # Only switch-xxl-128 and switch-c-2048 have the decoder's head. transformers cannot load them.
+    # Only switch-xxl-128 and switch-c-2048 have a head of this name. transformers cannot load them.
     has_decoder_head = is_switch and DECODER_HEAD in weights
     head = weights.pop(DECODER_HEAD if has_decoder_head else HEAD, None)
     arrays = names_lib.to_ours(f"{folder}", weights, layout)
     config_lib.read_activations(path, config, layout.is_gated)  # raises for unsupported ones
     if has_decoder_head:
-        # Never tied, although their config.json may say so.
+        # Their head is never tied, although config.json may say so.
         assert head is not None
         arrays[OUR_HEAD] = _check_logits(folder, head).T
     else:
@@ -97,7 +97,7 @@ def _open_weights(folder: epath.Path) -> dict[str, LazyArray]:
 
 
 def _open_shards(folder: epath.Path, index: str, open_file: _Opener) -> dict[str, LazyArray]:
-    """Opens the shards that an index file names; they must have exactly the arrays in it."""
+    """Opens the shards that an index file names; their arrays must be those in the index."""
     weight_map = file_io.read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / index}: expected a weight_map of names to files, got none")
@@ -124,35 +124,35 @@ def _open_logits(
     embedding: LazyArray,
     head: LazyArray | None,
 ) -> dict[str, LazyArray]:
-    """Returns {path: kernel [D, V] of the logits}; {} for a model whose head is tied.
+    """Returns {path: kernel [D, V] of the logits}; {} if our network needs none.
 
     The kernel is the folder's lm_head or, without one, the embedding. transformers scales the
-    decoder's output by D**-0.5 before the head in these models:
+    decoder's output by D**-0.5 before the head in these cases:
 
-    * T5: if `scale_decoder_outputs` is true. transformers 5 writes this key. In files without it,
-      as those of transformers 4, if `tie_word_embeddings` is not false.
+    * T5: if `scale_decoder_outputs` is true. transformers 5 writes this key; in files without it,
+      such as those of transformers 4, the output is scaled if `tie_word_embeddings` is not false.
     * Switch Transformers: if `tie_word_embeddings` is not false.
-    * mT5: never, as in transformers 5. (transformers 4 scales it if it is tied.)
+    * mT5: never, as in transformers 5. (transformers 4 scales the output if the head is tied.)
 
-    A model is opened as tied if our network has this form: T5 1.0 or a Switch Transformer, scaled,
-    whose head equals the embedding. Any other model gets a kernel of its own, which includes the
-    factor D**-0.5 if the output is scaled.
+    Our network has no kernel for a T5 1.0 or a Switch Transformer that is scaled and whose head
+    equals the embedding. For any other model it has one, which includes the factor D**-0.5 if the
+    output is scaled.
 
     Raises:
-      InputError: the folder has no lm_head, although `tie_word_embeddings` is false and the file is
-        not one of transformers 5. transformers 4 would draw the head at random.
+      InputError: the folder has no lm_head, although `tie_word_embeddings` is false and config.json
+        is not from transformers 5. transformers 4 would draw the head at random.
 
     Source: configuration_t5.py, modeling_t5.py, modeling_mt5.py, modeling_switch_transformers.py in
     transformers 5.24.
     """
     kind = config["model_type"]
     is_tied = config.get("tie_word_embeddings", kind != "mt5") is not False
-    has_own_key = kind != config_lib.SWITCH and "scale_decoder_outputs" in config
-    if head is None and not is_tied and not has_own_key:
+    has_scale_key = kind != config_lib.SWITCH and "scale_decoder_outputs" in config
+    if head is None and not is_tied and not has_scale_key:
         raise InputError(
             f"{folder}: {config_lib.NAME} has tie_word_embeddings false: expected {HEAD}, got none"
         )
-    is_scaled = config["scale_decoder_outputs"] if has_own_key else is_tied
+    is_scaled = config["scale_decoder_outputs"] if has_scale_key else is_tied
     is_scaled = is_scaled and kind != "mt5"
     has_tied_form = layout.is_switch or not layout.is_gated
     # torch.save writes the head of a tied model too, as a copy of the embedding.
@@ -194,7 +194,8 @@ def save_checkpoint(
     Args:
       path: the folder.
       arrays: path -> array of a model without adapters.
-      activations: `T5Config.mlp_activations`; None: those of T5 v1.1 or 1.0, by the shapes.
+      activations: `T5Config.mlp_activations`; None: those of T5 v1.1 if the MLPs have two input
+        projections, else those of T5 1.0.
       sparse: settings of the sparse layers; None: the defaults of `Sparse`, which are those of
         Switch Transformers. Ignored for a dense model.
       dropout_rate: rate in config.json, for training in transformers.
@@ -203,10 +204,10 @@ def save_checkpoint(
       report: called with the number of arrays written so far.
 
     Raises:
-      InputError: an array is missing, extra or of another shape, transformers has no such model, or
-        `path` exists.
+      InputError: an array is missing, extra or of another shape; transformers cannot represent the
+        model; or `path` exists.
     """
-    # Imported here, because these modules import jax, and `pemoe_jax.torch` does without it.
+    # Imported here, because these modules import jax, which `pemoe_jax.torch` must not import.
     from pemoe_jax.core import network
     from pemoe_jax.core import params as params_lib
     from pemoe_jax.core.network import T5Config
@@ -219,7 +220,7 @@ def save_checkpoint(
     sparse = None if sparse_fields is None else sparse or Sparse(**sparse_fields)
     layout = _make_layout(config, sparse)
     expected = network.param_shapes(network.Transformer(config, sparse=sparse))
-    # Checked before anything is written. Adapters are refused as extra arrays.
+    # The arrays are checked before anything is written. Adapters are refused as extra arrays.
     params_lib.check_matches(arrays, expected, f"model to write to {path}")
     config_lib.check_writable(f"{path}", config, sparse)
     theirs = names_lib.to_theirs(arrays, layout)
@@ -235,8 +236,8 @@ def save_checkpoint(
             (folder / VOCABULARY).write_bytes(vocabulary.read_bytes())
         num_written = 0
         for file, names in shards.items():
-            # `save_file` needs row-major arrays. Copied one by one here, only one at a time is in
-            # memory twice.
+            # `save_file` needs row-major arrays. They are copied one by one here, so that only one
+            # is in memory twice.
             shard = {name: np.ascontiguousarray(theirs[name].read()) for name in names}
             safetensors_file.save_file(folder / file, shard, {"format": "pt"})
             del shard  # frees the memory before the next shard is read

@@ -1,9 +1,9 @@
 """Converts names and layouts of a model's arrays between transformers and this package.
 
-    encoder.block.1.layer.1.DenseReluDense.wi.weight            T5 1.0; wi_0 and wi_1 in T5 v1.1
-    encoder.block.1.layer.1.mlp.wi.weight                       a dense layer of Switch Transformers
-    encoder.block.1.layer.1.mlp.router.classifier.weight        a sparse one: [E, D]
-    encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight      each expert by itself: [F, D]
+    encoder.block.1.layer.1.DenseReluDense.wi.weight         T5 1.0; wi_0 and wi_1 in T5 v1.1
+    encoder.block.1.layer.1.mlp.wi.weight                    a dense layer of Switch Transformers
+    encoder.block.1.layer.1.mlp.router.classifier.weight     a sparse layer's router, [E, D]
+    encoder.block.1.layer.1.mlp.experts.expert_0.wi.weight   one of its experts, [F, D]
 
 A kernel is [out, in] in transformers and [in, out] here. The kernels of all experts of a layer are
 one array [E, in, out] here. The relative position bias is [32, H] in transformers and [H, 32] here.
@@ -23,13 +23,14 @@ EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 OUR_HEAD = "decoder/logits_dense/kernel"
 # The head in switch-xxl-128 and switch-c-2048, which transformers does not load.
 DECODER_HEAD = "decoder.lm_head.weight"
-# Copies of the embedding, in files of transformers 4 and of Switch Transformers whose head is not
-# tied.
+# Copies of the embedding. They are in files of transformers 4, and of Switch Transformers whose
+# head is not tied to it.
 EMBEDDING_COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# In checkpoints of T5 from before 2020. No model uses it, and transformers ignores it too.
+# An array in checkpoints of T5 from before 2020. No model uses it, and transformers ignores it too.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
-# The sublayers of a block: (stack, module in transformers, our module, prefix of our norm's name).
+# The sublayers of a block: (stack, module in transformers, our module, prefix of the name of our
+# norm).
 SUBLAYERS = (
     ("encoder", "layer.0.SelfAttention", "attention", "pre_attention"),
     ("encoder", "layer.1.DenseReluDense", "mlp", "pre_mlp"),
@@ -39,8 +40,8 @@ SUBLAYERS = (
 )
 _ATTENTION = {"q": "query", "k": "key", "v": "value", "o": "out"}
 
-# Groups: stack, layer, 'router' or 'experts', rest. An untrusted name may have more digits than
-# `int` reads, so more than nine do not match.
+# Groups: stack, layer, 'router' or 'experts', rest. A layer has at most nine digits, because `int`
+# refuses very long numbers, which an untrusted name may have.
 _EXPERT = re.compile(r"(encoder|decoder)\.block\.(\d{1,9})\.layer\.\d\.mlp\.(router|experts)\.(.*)")
 
 
@@ -72,15 +73,16 @@ def find_layout(weights: Mapping[str, LazyArray], is_switch: bool) -> Layout:
     """
     layers: dict[str, set[int]] = {"encoder": set(), "decoder": set()}
     experts: set[str] = set()
-    router_rows: collections.Counter[int] = collections.Counter()  # E -> number of routers with it
+    # E, the number of a router's rows -> number of routers that have it
+    router_rows: collections.Counter[int] = collections.Counter()
     for match in filter(None, map(_EXPERT.fullmatch, weights)):
         layers[match[1]].add(int(match[2]))
         if match[3] == "experts":
             experts.add(match[4].partition(".")[0])
         elif match[4] == "classifier.weight" and weights[match[0]].shape:
             router_rows[weights[match[0]].shape[0]] += 1
-    # E is that of most routers, so that one damaged router does not change it. It is limited to one
-    # more than the experts that exist: this suffices to report a missing expert, and a malicious
+    # E is taken from most routers, so that one damaged router does not change it. It is limited to
+    # one more than the experts that exist, which suffices to report a missing expert: a malicious
     # router [10**9, 0], which takes no bytes in a file, must not create billions of names.
     num_experts = router_rows.most_common(1)[0][0] if router_rows else len(experts)
     num_experts = min(num_experts, len(experts) + 1)
@@ -101,9 +103,9 @@ def _num_layers(names: Iterable[str], stack: str) -> int:
 
 
 def name_table(layout: Layout) -> dict[str, str]:
-    """Returns name in transformers -> our path, for every array except the head.
+    """Returns {name in transformers: our path} of every array except the head.
 
-    The names of all experts of a layer map to the same path, and come in the experts' order.
+    The names of all experts of a layer map to the same path, in the order of the experts.
     """
     projections = ("wi_0", "wi_1", "wo") if layout.is_gated else ("wi", "wo")
     names = {EMBEDDING: "token_embedder/embedding"}
@@ -134,17 +136,17 @@ def name_table(layout: Layout) -> dict[str, str]:
 
 
 def drop_copies(source: str, weights: dict[str, LazyArray]) -> None:
-    """Removes copies of the embedding, and an array that no model uses.
+    """Removes copies of the embedding, and an array that no model uses, from `weights`.
 
     Raises:
-      InputError: a "copy" has other values, which transformers 5 would use in the encoder or the
-        decoder.
+      InputError: a supposed copy has other values than the embedding. transformers 5 would use
+        these values in the encoder or the decoder.
     """
     weights.pop(_UNUSED, None)
     for name in EMBEDDING_COPIES:
         if name not in weights:
             continue
-        # Some programs write only one of the equal arrays, under any of the three names.
+        # Some programs write the embedding once, under any of the three names.
         embedding = weights.setdefault(EMBEDDING, weights[name])
         if embedding is not weights[name] and not lazy_array.is_equal(embedding, weights[name]):
             raise InputError(f"{source}: {name}: expected a copy of {EMBEDDING}, got another array")
@@ -152,17 +154,19 @@ def drop_copies(source: str, weights: dict[str, LazyArray]) -> None:
 
 
 def to_ours(source: str, weights: Mapping[str, LazyArray], layout: Layout) -> dict[str, LazyArray]:
-    """Returns our path -> array in our layout, for all arrays except the head.
+    """Returns {our path: array in our layout} of all arrays except the head.
 
     Raises:
-      InputError: an array is missing or unknown, or an expert has another shape or dtype.
+      InputError: an array is missing or unknown, or an expert's shape or dtype differs from that of
+        most experts.
     """
     kind = "a Switch Transformer" if layout.is_switch else "a T5"
     for name in weights:
         if name.endswith(".router.classifier.bias"):
             raise InputError(f"{source}: {name}: expected routers without biases, got one")
     table = name_table(layout)
-    # An unknown array means another architecture: loading the others would give wrong outputs.
+    # An unknown array means another architecture, for which the other arrays alone would give wrong
+    # outputs.
     missing = sorted(table.keys() - weights.keys(), key=_natural_order)
     unknown = sorted(weights.keys() - table.keys(), key=_natural_order)
     for names, problem in ((missing, "missing"), (unknown, "unknown")):
@@ -184,7 +188,7 @@ def to_ours(source: str, weights: Mapping[str, LazyArray], layout: Layout) -> di
 
 
 def to_theirs(arrays: Mapping[str, LazyArray], layout: Layout) -> dict[str, LazyArray]:
-    """Returns name in transformers -> array; the inverse of `to_ours`, but with the head."""
+    """Returns {name in transformers: array}; the inverse of `to_ours`, but includes the head."""
     table = name_table(layout)
     if OUR_HEAD in arrays:
         table[HEAD] = OUR_HEAD
@@ -228,7 +232,7 @@ def _check_experts(source: str, weights: Mapping[str, LazyArray]) -> None:
 
 def _natural_order(name: str) -> list[str | tuple[int, str]]:
     """Returns a sort key that puts expert_2 before expert_10."""
-    # Compares the lengths of numbers first. `int` would not do: it refuses numbers of more than
-    # 4,300 digits, and an untrusted name may have one.
+    # Numbers are compared by length first, then as text. `int` would refuse numbers of more than
+    # 4,300 digits, which an untrusted name may have.
     parts = re.split(r"(\d+)", name)
     return [(len(part), part) if i % 2 else part for i, part in enumerate(parts)]

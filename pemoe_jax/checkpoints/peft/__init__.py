@@ -50,7 +50,7 @@ def base_model_name(folder: str | os.PathLike[str]) -> str:
 
 
 def method_name(description: names.Description) -> str:
-    """Returns the method, 'ia3' or 'lora', of a description from `load_adapter`."""
+    """Returns the method, 'ia3' or 'lora', given a description from `load_adapter`."""
     kinds = {settings["kind"] for settings in description.values()}
     return "ia3" if kinds == {"VectorExperts"} else "lora"
 
@@ -67,8 +67,8 @@ def load_adapter(
 
     Returns:
       (adapters as `core.adapters.describe` returns them, parameter path -> float32 array). With
-      `use_rslora`, PEFT scales by alpha / √rank. Then our alpha is PEFT's times √rank, so that our
-      factor alpha / rank is the same.
+      `use_rslora`, PEFT scales by alpha / √rank. Our alpha is then PEFT's alpha times √rank, so
+      that our factor alpha / rank is the same.
 
     Raises:
       InputError: our adapters cannot express a setting; a tensor is missing in a layer, extra, of
@@ -103,7 +103,7 @@ def load_adapter(
 
 
 def _open_tensors(folder: epath.Path) -> dict[str, LazyArray]:
-    """Opens the weights as PEFT's name, without the adapter's name, -> array."""
+    """Opens the weights as name -> array, under PEFT's names without the adapter's name."""
     # If both files exist, the safetensors file is read, as PEFT does.
     if (folder / _WEIGHTS).exists():
         tensors, _ = safetensors_file.open_file(folder / _WEIGHTS)
@@ -132,8 +132,8 @@ def save_adapter(
       path: the folder.
       description: `core.adapters.describe` of the adapters.
       arrays: parameter path -> array, of every adapter.
-      base_model_name: path or Hub name of the base, which programs open with the adapter by
-        default; None: not recorded.
+      base_model_name: path or Hub name of the base, for programs that open the base together with
+        the adapter; None: not recorded.
       is_gated: whether the base's MLPs have wi_0 and wi_1, as in T5 v1.1. The MLP of T5 1.0 has one
         module `wi`, which is our site wi_0.
 
@@ -142,15 +142,14 @@ def save_adapter(
         is missing in a layer, extra, of another shape or not finite; `path` exists.
     """
     _check_expressible(description)
-    # At least one layer per stack: if a stack has no arrays, `check_matches` then names the missing
-    # ones.
+    # At least one layer per stack, so that `check_matches` names the arrays of a missing stack.
     num_layers = {stack: max(1, dimensions_lib.num_layers(arrays, stack)) for stack in names.STACKS}
     expected = names.adapter_arrays(description, num_layers, is_gated)
-    # No base is at hand: the size of an axis is that in the first array that has the axis.
+    # The base is not known, so the size of an axis is taken from the first array that has the axis.
     sizes: dict[str, int] = {}
     for array in expected:
         shape = arrays[array.path].shape if array.path in arrays else ()
-        # Not strict: `check_matches` reports a shape of another rank.
+        # Not strict, because `check_matches` reports a shape of another rank below.
         for axis, size in zip(array.axes(), shape, strict=False):
             if isinstance(axis, str):
                 sizes.setdefault(axis, size)
@@ -182,7 +181,7 @@ def _check_expressible(description: names.Description) -> None:
         raise InputError(f"adapter to write: expected only (IA)3 or only LoRA, got {shown}")
     # PEFT's LoRA changes the output of one module; gate is the product of two modules' outputs.
     if kinds == {"LoRAExperts"} and "gate" in description:
-        raise InputError("LoRA at gate: expected other sites, as PEFT has no module there")
+        raise InputError("adapter to write: LoRA at gate has no equivalent module in PEFT")
     if {"gate", "wo"} <= description.keys():
         raise InputError(
             "(IA)3 at gate and at wo: expected one of them, as PEFT scales either wo's input or its"
@@ -210,14 +209,14 @@ def _make_config(
         feedforward = ["wo"] if "gate" in description else []
         return {"peft_type": "IA3", **common, "feedforward_modules": feedforward}
     ranks = {module: settings["rank"] for module, settings in by_module.items()}
-    # PEFT declares lora_alpha as an integer, so whole numbers are written as such. It computes
+    # PEFT declares lora_alpha as an integer, so whole numbers are written as integers. It computes
     # correctly with other numbers too.
     alphas = {
         module: int(alpha) if float(alpha := settings["alpha"]).is_integer() else alpha
         for module, settings in by_module.items()
     }
-    # `r` and `lora_alpha` are those of the first module. The patterns have the modules that differ
-    # from it; a module's name matches it in every layer.
+    # `r` and `lora_alpha` are the values of the first module. The patterns have the modules with
+    # other values; the name of a module matches it in every layer.
     first = next(iter(by_module))
     return {
         "peft_type": "LORA",

@@ -1,7 +1,7 @@
 """Checks PEFT's adapter_config.json, and converts it to a description of our adapters.
 
-A setting that changes what the model computes is converted or refused. So is an unknown setting, as
-a later PEFT may have, unless it is null, false or empty.
+A setting that changes what the model computes is converted or refused. A setting that this module
+does not know, as a later PEFT may have, is refused unless it is null, false or empty.
 """
 
 import math
@@ -15,8 +15,8 @@ from pemoe_jax.checkpoints.peft import names
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime.file_io import JsonObject
 
-# Settings that do not change what the model computes, or do so only together with a setting that
-# is refused.
+# Settings that do not change what the model computes, or change it only together with a refused
+# setting.
 _IGNORED = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -46,7 +46,8 @@ _SUPPORTED = {
     "use_rslora",
 }
 # The values of init_lora_weights that leave the base's matrices as they are. The others (pissa,
-# olora, corda, loftq, lora_ga) change them, so that the adapter does not fit the original base.
+# olora, corda, loftq, lora_ga) change these matrices, so that the adapter does not fit the original
+# base.
 _INITIALIZERS_THAT_KEEP_BASE = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -96,8 +97,8 @@ def describe(
 
     The names of the tensors determine which modules have an adapter. The shape of an (IA)³ tensor
     at `wo` determines whether it scales the input or the output. Settings that are lists of modules
-    must agree with the tensors. A regular expression is compared only where it matters: each module
-    must have tensors in every layer.
+    must agree with the tensors. If a setting is a regular expression, each adapted module must have
+    tensors in every layer.
 
     Args:
       path: the file, for errors.
@@ -114,7 +115,7 @@ def describe(
     if not adapted:
         shown = ", ".join(list(tensors)[:3]) or "no tensor"
         raise InputError(f"{path.parent}: expected tensors at modules of a T5, got {shown}")
-    # PEFT's vectors are [1, in] for the input and [out, 1] for the output.
+    # PEFT's (IA)³ vectors are [1, in] if they scale the input, and [out, 1] if the output.
     is_input_scaled = kind == "VectorExperts" and any(
         names.module_of(name) == "wo" and tensor.shape[:1] == (1,)
         for name, tensor in tensors.items()
@@ -125,7 +126,7 @@ def describe(
     feedforward = config.get("feedforward_modules")
     if kind == "VectorExperts" and isinstance(feedforward, list):
         input_scaled = [m for m in adapted_modules if is_input_scaled and _leaf(m) == "wo"]
-        # `endswith`, because PEFT itself compares in this way.
+        # `endswith` without a '.', because PEFT itself compares in this way.
         if [m for m in adapted_modules if m.endswith(tuple(feedforward))] != input_scaled:
             expected = "['wo'] if the tensors of wo are [1, in], otherwise no target module"
             _refuse(path, "feedforward_modules", expected, feedforward)
@@ -164,16 +165,17 @@ def _check_targets(
     """
     targets, excluded = config["target_modules"], config.get("exclude_modules") or []
     if isinstance(targets, str) or isinstance(excluded, str):
-        # A pattern may select modules of some layers only. Lists of names cannot, so with them a
-        # missing tensor is a damaged file, and reported later.
+        # Only a pattern can leave out layers. With lists of names, a missing tensor means a damaged
+        # file, which is reported later.
         present = [name.removeprefix(names.PREFIX) for name in tensors]
         for module in adapted:
             if not any(name.startswith(f"{module}.") for name in present):
                 key = "target_modules" if isinstance(targets, str) else "exclude_modules"
                 expected = (
-                    f"{_leaf(module)} in every layer (pemoe_jax has no adapters in some only)"
+                    f"{_leaf(module)} in every layer (pemoe_jax cannot adapt only some layers), but"
+                    f" {module} has no tensor"
                 )
-                _refuse(path, key, f"{expected}, none is at {module}", config[key])
+                _refuse(path, key, expected, config[key])
         return
     if [m for m in modules if _is_in(m, targets) and not _is_in(m, excluded)] != adapted:
         expected = ", ".join(sorted({_leaf(module) for module in adapted}))
@@ -186,12 +188,12 @@ def _is_in(module: str, targets: Collection[str]) -> bool:
 
 
 def _rank_and_alpha(path: epath.Path, config: JsonObject, module: str) -> JsonObject:
-    """Returns our rank and alpha of a LoRA module, from its patterns or the common settings."""
+    """Returns our rank and alpha for a LoRA module, from its patterns or the common settings."""
     key, rank = _setting_of(path, config, module, "r", "rank_pattern")
     if type(rank) is not int or rank < 1:
         _refuse(path, key, f"a rank >= 1 at {module}", rank)
     key, alpha = _setting_of(path, config, module, "lora_alpha", "alpha_pattern")
-    # A bool is an int in Python. The last comparison is written so that NaN fails it too.
+    # A bool is an int in Python. The last comparison is negated, so that NaN fails it too.
     if not isinstance(alpha, (int, float)) or type(alpha) is bool or not abs(alpha) < 1e30:
         _refuse(path, key, f"a number at {module}", alpha)
     # Our adapters scale by alpha / rank, rank-stabilized LoRA by alpha / √rank (arXiv 2312.03732).
@@ -201,9 +203,10 @@ def _rank_and_alpha(path: epath.Path, config: JsonObject, module: str) -> JsonOb
 def _setting_of(
     path: epath.Path, config: JsonObject, module: str, key: str, pattern: str
 ) -> tuple[str, object]:
-    """Returns (key, value) of a module's setting: `pattern` and its value for the module, if any.
+    """Returns the value of a module's setting, and the key of config.json that has it.
 
-    Otherwise `key` and its value, which holds for all modules.
+    The key is `pattern` if that has a value for the module, or else `key`, whose value is common to
+    all modules. Returns (key, value).
     """
     by_module = config.get(pattern) or {}
     # PEFT reads the keys as regular expressions; only plain module names are accepted here.
