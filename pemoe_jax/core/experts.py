@@ -223,7 +223,7 @@ def _group(x: Array, is_token: Array, cfg: Sparse) -> tuple[Array, Array, Callab
     """Divides x [B, L, D] and is_token [B, L] into groups of tokens.
 
     Returns:
-      x [G, T, D], is_token [G, T], and the function that undoes it, [G, T, ...] -> [B, L, ...].
+      x [G, T, D], is_token [G, T], and the inverse of the division, [G, T, ...] -> [B, L, ...].
     """
     if cfg.group == "row":
         return x, is_token, lambda y: y

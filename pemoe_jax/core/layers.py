@@ -108,7 +108,7 @@ class LayerNorm(nn.Module):
         )
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        y = (x * jax.lax.rsqrt(mean_square + 1e-6)).astype(self.dtype)
+        y = (x * jax.lax.rsqrt(mean_square + 1e-6)).astype(self.dtype)  # T5's epsilon
         return y * scale.astype(self.dtype)
 
 
@@ -118,7 +118,7 @@ _MAX_DISTANCE = 128  # all distances from here on share the last bucket
 
 
 def relative_position_bucket(relative_position: np.ndarray, bidirectional: bool) -> np.ndarray:
-    """Returns T5's buckets of relative positions: one for each short distance, wider for long ones.
+    """Returns T5's bucket of each relative position; buckets of long distances are wider.
 
     Args:
       relative_position: `key position - query position`, an int array of any shape.

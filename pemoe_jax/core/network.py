@@ -30,9 +30,9 @@ class T5Config:
     The defaults are those of T5 v1.1 Small without dropout. The last three fields change how a step
     is computed, not the model.
 
-    The positions of a row share a dropout mask; in attention, the queries of a head do. T5X runs
-    two implementations of T5, its minimal T5 and flaxformer's. Their dropout differs only at the
-    encoder's output: see `broadcast_encoder_dropout`.
+    The positions of a row share a dropout mask, and in attention, the queries of a head share one.
+    T5X runs two implementations of T5, its minimal T5 and flaxformer's. Their dropout differs only
+    at the encoder's output: see `broadcast_encoder_dropout`.
 
     Attributes:
       vocab_size: number of rows of the embedding, V; 32,128 in the public checkpoints.

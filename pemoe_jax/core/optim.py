@@ -40,9 +40,9 @@ def adafactor(
 
     With `multiply_by_parameter_scale`, LoRA's B starts slowly, since it is zero at first.
 
-    Each expert of a parameter is updated as if it were a separate parameter. T5X does the same with
-    `FactorDim.BATCH` for the axis `expert`. A router, which compares experts, is one parameter; its
-    second moments are not factored over the axis of experts.
+    By default, each expert of a parameter is updated as if it were a separate parameter. T5X does
+    the same with `FactorDim.BATCH` for the axis `expert`. A router, which compares experts, is one
+    parameter, but its second moments are not factored over the axis of experts.
 
     Args:
       learning_rate: step -> learning rate.

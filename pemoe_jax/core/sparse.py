@@ -26,7 +26,7 @@ class Sparse:
       combine: weights of the experts' outputs: 'probability' (p), 'normalized' (p / Σ p over the
         chosen) or 'straight' (p / stop_gradient(Σ p)); see `dispatch.combine_weights`.
       second_expert: 'all' (every choice is used) or 'random' (in training, a choice after the first
-        is used with probability min(1, g / 0.2), g being its normalized weight; see
+        is used with probability min(1, g / 0.2), where g is its normalized weight; see
         `dispatch.keep_at_random`).
       priority: which tokens take the places of an expert first: 'position' (from left to right) or
         'probability' (tokens whose first choice is most probable; encoder only).
@@ -36,15 +36,15 @@ class Sparse:
         capacity_factor where experts choose.
       min_capacity: lower bound of the capacity C that is computed from a factor.
       capacity: C itself; replaces both factors and the minimum (as in Hugging Face's Switch).
-      group: the tokens among which an expert's places are shared: 'row' (a row of the batch), or
-        the desired number of tokens in a group of the global batch (as in T5X). The actual number
-        may differ, see `dispatch.num_groups`.
+      group: the groups of tokens in which an expert has C places: 'row' (each row of the batch is a
+        group), or the desired number of tokens in a group of the global batch (as in T5X). The
+        actual number may differ, see `dispatch.num_groups`.
       count_padding: whether padding is routed, takes places and counts in losses (as in T5X).
       jitter: ε; in training the router's input is multiplied by U(1 - ε, 1 + ε).
       expert_dropout_rate: dropout rate of the experts' hidden activations; None: the model's.
       balance_loss: coefficient of E·Σ f_e P_e, where f_e is the share of expert e in all choices
-        and P_e its mean probability. The product is 1 if routing is even. Not used in layers whose
-        experts choose.
+        and P_e is its mean probability. This product is 1 if routing is even. Not used in layers
+        whose experts choose.
       router_z_loss: coefficient of the mean of log(Z)², where Z is the denominator of a router's
         softmax.
       extra_mlp: whether a dense MLP follows each sparse one (ST-MoE).

@@ -150,8 +150,8 @@ def _loss_sums(
 ) -> tuple[Array, Metrics]:
     """Returns the sum of losses over a batch, and the sums from which metrics are computed.
 
-    `weights` are those of the loss, which may be normalized per sequence. Metrics are weighted by
-    `_token_weights`, so that they do not depend on the normalizer.
+    `weights` are the token weights in the loss, which may be normalized per sequence. Metrics are
+    weighted by `_token_weights`, so that they do not depend on the normalizer.
     """
     hidden, collections = apply_model(
         model, params, batch, rng, return_hidden=True, mutable=["routers"]
@@ -426,9 +426,10 @@ def score_choices(model: network.Transformer, params: Params, batch: Batch) -> A
 def score_and_match_choices(
     model: network.Transformer, params: Params, batch: Batch
 ) -> tuple[Array, Array]:
-    """Returns `score_choices`, and whether greedy decoding returns each choice, [B, C] bool.
+    """Returns the scores, and whether greedy decoding returns each choice, [B, C] bool.
 
-    The second array is True for the zeros that fill up a row.
+    For the arguments and scores see `score_choices`. The second array is True for the zeros that
+    fill up a row.
     """
     token_values, is_real = _token_values(model, params, batch)
     scores = -jnp.sum(token_values["nll"] * is_real, axis=-1)

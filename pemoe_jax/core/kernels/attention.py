@@ -123,7 +123,8 @@ def _vjp_backward(
 
 fused_attention.defvjp(_vjp_forward, _vjp_backward)
 
-# The axes of the kernels' arrays.
+# The axes of the kernels' arrays. The bias has one entry for all rows of the batch ('broadcast').
+# 'tile' is the axis of the tiles for which the kernel runs.
 _AXES = {
     **dict.fromkeys(("query", "grad", "out"), ("batch", "queries", "heads", "size")),
     **dict.fromkeys(("key", "value", "key_grad"), ("batch", "keys", "heads", "size")),
