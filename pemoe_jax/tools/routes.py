@@ -71,7 +71,7 @@ def routes(
       tasks: names or patterns (*) of tasks, or mixtures; None: one prompt of each dataset,
         whether trained on or held out.
       sites: patterns of sites to show in detail, e.g. ['*/mlp/gate']; None: all sites of the last
-        decoder block, or in a sparse model the last sparse layers of encoder and decoder.
+        decoder layer, or in a sparse model the last sparse layers of encoder and decoder.
       examples: maximum number of examples of each task, from the start of its evaluation split, or
         else of `train`.
       min_count: number of times that a token must occur to be among an expert's top tokens.
