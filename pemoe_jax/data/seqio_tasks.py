@@ -82,8 +82,8 @@ def subtask_names(name: str, use_cached: bool = False) -> list[str]:
     skips = isinstance(provider, SeekableMixture) and provider.skips_missing_tasks
     if len(missing) == len(tasks) or not skips:
         raise InputError(
-            f"USE_CACHED_TASKS: no cache of {count}{missing[0]!r}: expected {missing[0]}/COMPLETED"
-            " in one of --seqio_additional_cache_dirs, got"
+            f"USE_CACHED_TASKS: no cache of {count}{'such as ' if count else ''}{missing[0]!r}:"
+            f" expected {missing[0]}/COMPLETED in one of --seqio_additional_cache_dirs, got"
             f" {', '.join(seqio.utils.get_global_cache_dirs()) or 'none'}"
         )
     more = ", …" if len(missing) > 3 else ""

@@ -6,8 +6,8 @@
     examples, in the places that `raw_examples` lists.
 
 Tasks may also be in the folder's `data/`, as in a clone of the hub's repository. A folder may mix
-forms. If it has a task in several forms, the first in this list is read. A `_score_eval` task
-without files is derived from its task's answer choices.
+forms. If it has a task in several forms, the first in this list is read. A task `<task>_score_eval`
+without files is derived from the answer choices of `<task>`.
 """
 
 from __future__ import annotations

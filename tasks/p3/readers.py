@@ -183,13 +183,13 @@ class TemplateReader(RowReader):
 
 
 def choice_rows(row: Row, example: int, tokenizer: Tokenizer) -> list[Row]:
-    """Returns the `_score_eval` rows of a row: one for each answer choice.
+    """Returns the rows of a `_score_eval` task for an example: one for each answer choice.
 
     A choice is correct if its text equals the target's text or, if the target has no text, if its
     ids equal the target's.
 
     Args:
-      row: a row of the plain task.
+      row: the example's row in the task without `_score_eval`.
       example: number of the row, for `idx`.
       tokenizer: encodes the choices.
     """
@@ -212,9 +212,9 @@ def choice_rows(row: Row, example: int, tokenizer: Tokenizer) -> list[Row]:
 
 
 class ChoiceReader(RowReader):
-    """The rows of a `_score_eval` task, derived from its task's answer choices.
+    """The rows of a task `<task>_score_eval`, derived from the answer choices of `<task>`.
 
-    Rows without choices are left out, with a warning.
+    Rows of `<task>` (`plain`) without choices are left out, with a warning.
     """
 
     def __init__(self, plain: RowReader, tokenizer: Tokenizer) -> None:

@@ -148,7 +148,7 @@ def test_missing_caches(cache, tmp_path, capsys):
     seqio_import.import_seqio().set_global_cache_dirs([])
     seqio_cache_dirs.additional_cache_dirs.clear()
     error = message(cached, f"--seqio_additional_cache_dirs={cache}")
-    assert "no cache of 10 of 10 tasks, 'super_glue_wic_" in error and str(cache) in error
+    assert "no cache of 10 of 10 tasks, such as 'super_glue_wic_" in error and str(cache) in error
     assert "P3_DIR is not set" in message(f"--seqio_additional_cache_dirs={cache}")
     with pytest.raises(InputError, match="USE_CACHED_TASKS: no cache of 10 of 10 tasks, "):
         choices.load_choice_groups("super_glue_wic_score_eval", LENGTHS, use_cached=True)
