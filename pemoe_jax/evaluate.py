@@ -73,6 +73,7 @@ def evaluate(
         return groups if setup.sentences is None else setup.sentences.attach_to(groups)
 
     groups = read_groups(data.name)
+    # `groups_by_task` may get shots below; the routing picture needs the inputs without them.
     groups_by_task = zero_shot_groups = _group_by_task(groups, setup.task_names)
     rank_classification.report_rows(data.name, groups_by_task, setup.task_roles)
     if few_shot.shots:

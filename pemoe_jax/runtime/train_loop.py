@@ -237,8 +237,8 @@ class TrainLoop:
         if window.texts and not is_first:
             values[step_times.PEAK_MEMORY] = step_times.peak_memory(self.mesh.local_devices)
         writer.write(step, values, {} if is_first else window.texts)
-        share = scalars["wait_share"]
-        waiting = f"  waiting for data {share:.0%} of the time" if share > 0.05 else ""
+        wait_share = scalars["wait_share"]
+        waiting = f"  waiting for data {wait_share:.0%} of the time" if wait_share > 0.05 else ""
         bar.report(
             step,
             f"loss {scalars['loss']:.4f}  accuracy {scalars['accuracy']:.3f}"
@@ -247,23 +247,33 @@ class TrainLoop:
         if skipped := scalars.get("skipped"):
             bar.print_line(f"step {step}  skipped {plural(int(skipped), 'step')}: not finite")
         if damage:
-            advice = f"lower LEARNING_RATE and {self._resume_advice()}"
-            if is_first:  # no learning rate has had an effect yet
-                advice = (
-                    "the run starts from damaged parameters, or their numbers overflow in DTYPE"
-                )
-            router = self._first_damaged_router(rows) if rows else None
-            where = f", and the router at {router} has logits that are not finite" if router else ""
-            skips = ""
-            if self.numerics.skips:
-                allowed = plural(self.numerics.max_skipped, "step")
-                skips = f", after {allowed} in a row that were skipped (MAX_SKIPPED_STEPS)"
-            rate = float(self.schedule(damage.step - 1))
-            raise InputError(
-                f"{damage.metric} is {damage.value} at step {damage.step}"
-                f" (learning rate {rate:g}){where}{skips}: {advice}"
-            )
+            raise InputError(self._describe_damage(damage, rows, is_first))
         return losses
+
+    def _describe_damage(
+        self, damage: "_Damage", rows: Mapping[str, np.ndarray], is_first: bool
+    ) -> str:
+        """Returns the error for a step that ends the run.
+
+        Args:
+          damage: the step.
+          rows: its router metrics (`_Summary.router_rows`); empty without routers.
+          is_first: whether it is the first step since the start of the process.
+        """
+        advice = f"lower LEARNING_RATE and {self._resume_advice()}"
+        if is_first:  # no learning rate has had an effect yet
+            advice = "the run starts from damaged parameters, or their numbers overflow in DTYPE"
+        router = self._first_damaged_router(rows) if rows else None
+        where = f", and the router at {router} has logits that are not finite" if router else ""
+        skips = ""
+        if self.numerics.skips:
+            allowed = plural(self.numerics.max_skipped, "step")
+            skips = f", after {allowed} in a row that were skipped (MAX_SKIPPED_STEPS)"
+        rate = float(self.schedule(damage.step - 1))
+        return (
+            f"{damage.metric} is {damage.value} at step {damage.step}"
+            f" (learning rate {rate:g}){where}{skips}: {advice}"
+        )
 
     def _resume_advice(self) -> str:
         # The last save may still be running, but the command waits for it before it ends.

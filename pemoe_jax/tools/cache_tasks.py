@@ -120,8 +120,8 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
         if task not in finished
         for split in names
     ]
-    already = f", {len(finished)} of them complete already" if finished else ""
-    print(f"{folder}: {plural(len(splits), 'task')} to {settings.output}{already}", flush=True)
+    note = f", {len(finished)} of them complete already" if finished else ""
+    print(f"{folder}: {plural(len(splits), 'task')} to {settings.output}{note}", flush=True)
     bar = progress.Progress("splits", len(jobs), note="starting")
     unfinished = {task: set(names) for task, names in splits.items()}
     num_rows = 0
