@@ -281,7 +281,7 @@ time.sleep(120)
     start, mark = time.monotonic(), tmp_path / "mark"
     command = [sys.executable, "-c", program, str(mark)]
     done = run("local_processes.sh", "2", *command, check=code, GRACE_SECONDS="1")
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 110  # the processes would end by themselves after 120 s
     message = f"local_processes.sh: process 1 of 2 ended with {how}: ending the others"
     assert done.stderr.splitlines() == [message]
     assert all(has_ended(int(pid)) for pid in mark.read_text().split())
