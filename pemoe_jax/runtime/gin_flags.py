@@ -183,6 +183,13 @@ def split_bindings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, bindings
 
 
+def check_no_bindings(bindings: Sequence[str]) -> None:
+    """Raises InputError if a command without gin settings got some."""
+    if bindings:
+        name = bindings[0].partition(" ")[0]
+        raise InputError(f"--gin.{name}: this command takes no gin settings")
+
+
 def load_config(
     args: argparse.Namespace, bindings: Sequence[str], macros: Sequence[str] = ()
 ) -> None:

@@ -341,6 +341,9 @@ def _describe_batch(arrays: Mapping[str, jax.Array]) -> str:
     return f"{rows:,} × ({inputs:,} + {targets:,})"
 
 
+_MIN_TREND_LOSSES = 10  # three at each end, from which `summarize_trend` takes medians
+
+
 class LossTrend:
     """Warns once, after a tenth of a run but not before 50 steps, if its loss has not fallen.
 
@@ -360,8 +363,10 @@ class LossTrend:
         self._losses += losses
         if step < self._check_step:
             return None
-        start, end, has_fallen = summarize_trend(self._losses)
-        self._losses = None
+        losses, self._losses = self._losses, None
+        if len(losses) < _MIN_TREND_LOSSES:  # nearly all steps were skipped
+            return None
+        start, end, has_fallen = summarize_trend(losses)
         if has_fallen:
             return None
         return (

@@ -93,8 +93,7 @@ def cache_tasks(args: argparse.Namespace, bindings: Sequence[str]) -> None:
     from pemoe_jax.tasks import check_p3_paths
     from pemoe_jax.tasks.vocabulary import default_vocab_path
 
-    if bindings:
-        raise InputError(f"this command takes no gin bindings, got {bindings[0]}")
+    gin_flags.check_no_bindings(bindings)
     check_integer("--workers", args.workers)
     check_integer("--shard_rows", args.shard_rows)
     p3_dir = args.p3_dir or os.environ.get("PEMOE_P3_DIR")

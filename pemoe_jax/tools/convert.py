@@ -170,4 +170,9 @@ def _describe_size(path: "AnyPath") -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
-    return gin_flags.run_command(flags(), lambda args, _: convert(args), argv)
+
+    def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+        gin_flags.check_no_bindings(bindings)
+        convert(args)
+
+    return gin_flags.run_command(flags(), run, argv)

@@ -78,8 +78,7 @@ def report(args: argparse.Namespace, bindings: Sequence[str] = ()) -> None:
     from pemoe_jax.analysis.zero_shot import paper_table, paper_table_formats, results
     from pemoe_jax.runtime import file_io
 
-    if bindings:
-        raise InputError(f"--gin.{bindings[0].split(' ')[0]}: report takes no gin flags")
+    gin_flags.check_no_bindings(bindings)
     # argparse checks the type only.
     for flag in ("draws", "seed"):
         if getattr(args, flag) < 0:

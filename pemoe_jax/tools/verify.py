@@ -293,7 +293,8 @@ def _verify_tfrecords(path: epath.Path) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
 
-    def run(args: argparse.Namespace, _: Sequence[str]) -> None:
+    def run(args: argparse.Namespace, bindings: Sequence[str]) -> None:
+        gin_flags.check_no_bindings(bindings)
         verify(args.path)
 
     return gin_flags.run_command(flags(), run, argv)

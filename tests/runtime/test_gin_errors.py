@@ -1,6 +1,7 @@
 """gin's errors: one line, with the names that the user may have meant."""
 
 import argparse
+import importlib
 
 import gin
 import pytest
@@ -79,3 +80,16 @@ def test_errors_of_the_system_are_one_line_also_through_gin(tmp_path, capsys):
 
     assert gin_flags.run_command(argparse.ArgumentParser(prog="pemoe x"), read, []) == 1
     assert capsys.readouterr().err == f"error: {tmp_path}: Is a directory\n"
+
+
+@pytest.mark.parametrize("command", ["convert", "verify", "report", "cache_tasks"])
+def test_commands_without_gin_settings(command, tmp_path, capsys):
+    tool = importlib.import_module(f"pemoe_jax.tools.{command}")
+    arguments = {
+        "convert": ["adapter", str(tmp_path), str(tmp_path / "a")],
+        "cache_tasks": [f"--output={tmp_path / 'c'}"],
+    }.get(command, [str(tmp_path)])
+    assert tool.main([*arguments, "--gin.SEED=1"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error == "error: --gin.SEED: this command takes no gin settings"
+    assert not list(tmp_path.iterdir())

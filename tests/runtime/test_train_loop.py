@@ -100,6 +100,7 @@ def test_no_warning_while_the_loss_falls_and_in_short_or_resumed_runs():
     assert LossTrend(0, 200).update(50, MOV_ADAMW) is None
     assert LossTrend(0, 49).update(49, [9.5] * 49) is None  # too few steps to tell
     assert LossTrend(5, 300).update(55, [9.5] * 50) is None
+    assert LossTrend(0, 50).update(50, [9.5, 9.5]) is None  # the other steps were skipped
     assert LossTrend(0, 50).update(50, MOV_ADAFACTOR) is not None
 
 

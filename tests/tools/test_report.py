@@ -341,7 +341,7 @@ def test_a_broken_prediction_names_its_line(tmp_path, capsys):
         (["{}/none"], "results.json.*No such file"),
         (["{}", "--only=mov"], "--only must be one of first, got mov"),
         (["{}", "--draws=-1"], "--draws must be at least 0, got -1"),
-        (["{}", "--gin.RUN=3"], "--gin.RUN: report takes no gin flags"),
+        (["{}", "--gin.RUN=3"], "--gin.RUN: this command takes no gin settings"),
         (["{}", "--output={}/results.json"], "--output must be a folder, got .* is a file"),
         (["{}", "--output="], "--output: expected a path, got ''"),
     ],
