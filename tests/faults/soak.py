@@ -31,7 +31,11 @@ _MAX_GROWTH = (0.5, 0.05)  # MiB and open files per cycle
 
 
 def measure(start: float) -> tuple[float, ...]:
-    """Returns the values of `COLUMNS` of this process now."""
+    """Returns the values of `COLUMNS` of this process now, without memory that is free."""
+    from pemoe_jax.runtime import host_memory
+
+    # glibc keeps freed memory for reuse: up to 64 MiB at the end of its heap, for some cycles.
+    host_memory.trim_heap()
     status = pathlib.Path("/proc/self/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     memory = int(fields["VmRSS"].split()[0]) / 1024
