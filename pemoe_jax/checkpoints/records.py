@@ -29,7 +29,8 @@ class Record:
         `needed`: whether the checkpoint needs the base; False if every parameter was trained.
         `format`: name of the base's format.
         `frozen_dtype`: FROZEN_DTYPE; missing in records of earlier versions.
-        `checksum`: of all values; missing for random weights, and if the base was read in parts.
+        `checksum`: of all values; missing for random weights, and if the process read only part of
+          an array.
         `upcycled`: seed and noise of `upcycling`, if a sparse model started from a dense base.
       counts: trainable and total number of parameters.
       versions: versions of the packages that wrote the checkpoint.
@@ -38,8 +39,9 @@ class Record:
       trained_tasks: names of the training tasks; None: unknown.
       held_out: names of the held-out datasets; None: unknown.
       optimizer: name of the optimizer's function; None: unknown.
-      sentence_encoder: encoder of the sentence embeddings that routers read (name, dim,
-        fingerprint or probe: `sentence_table.is_same_encoder`); None: routers read no embeddings.
+      sentence_encoder: encoder of the sentence embeddings that routers read: its name, its dim, and
+        a fingerprint or a probe (see `sentence_table.is_same_encoder`); None: routers read no
+        embeddings.
       batches: settings that determine the examples and batches of training, by name ('BATCH_SIZE');
         None: unknown.
       initial: `initial_run.describe()` of the run that this run started from; None: it started from
@@ -112,8 +114,8 @@ def parse_record(values: JsonObject, source: str) -> Record:
     ]
     for name in names:
         value, expected = values.get(name), _TYPES.get(name, dict)
-        is_null = value is None and Record.__dataclass_fields__[name].default is None
-        if not is_null and not isinstance(value, expected):
+        is_valid_null = value is None and Record.__dataclass_fields__[name].default is None
+        if not is_valid_null and not isinstance(value, expected):
             raise InputError(
                 f"{source}: {name}: expected {_TYPE_NAMES[expected]}, got {value!r:.80}"
             )

@@ -1,4 +1,4 @@
-"""`python -m pemoe_jax.t5x_bridge --check`: checks that T5X is installed and imports."""
+"""`python -m pemoe_jax.t5x_bridge`: checks that T5X can be imported, or lists what to install."""
 
 import argparse
 import sys

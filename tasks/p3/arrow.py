@@ -69,7 +69,7 @@ def _saved_files(folder: pathlib.Path) -> tuple[str, list[pathlib.Path]]:
 def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
     """Returns a dataset's splits in the cache of `load_dataset`; empty if the cache has none.
 
-    If the cache has several versions or downloads of the config, the newest is used.
+    If the cache has several versions or downloads of the config, the one written last is used.
 
     Args:
       root: the cache.
@@ -89,9 +89,9 @@ def cached_splits(root: pathlib.Path, dataset: str, subset: str) -> Splits:
                 if not path.parent.name.endswith((".incomplete", "_tmp"))
             ]
             if infos:
-                # The folders are named by hashes, so only their times show which is newest.
-                newest = max(infos, key=lambda path: (path.stat().st_mtime_ns, str(path)))
-                return _list_splits(newest.parent)
+                # Hashes have no order, so the time of this file shows which was written last.
+                last = max(infos, key=lambda path: (path.stat().st_mtime_ns, str(path)))
+                return _list_splits(last.parent)
     return {}
 
 

@@ -93,14 +93,17 @@ def _match_tasks(pattern: str, names: Sequence[str], use_cached: bool) -> list[s
         raise InputError(f"ROUTES_TASKS: {pattern!r} matches none of {len(names)} tasks{hint}")
     available = _available_tasks(matches, use_cached)
     if not available:
-        # Without caches, only P3's tasks can lack their data, see `SeekableTask.has_data`.
+        # Without caches, only P3's tasks can lack their data, see `P3Task.has_data`.
         source = "seqio's caches contain" if use_cached else "P3_DIR contains"
         raise InputError(f"ROUTES_TASKS: {source} none of the {len(matches)} tasks of {pattern!r}")
     return available
 
 
 def _available_tasks(names: Sequence[str], use_cached: bool) -> list[str]:
-    """Returns the tasks that have data; `<task>` replaces `<task>_score_eval` if it has some."""
+    """Returns the tasks that have data.
+
+    For `<task>_score_eval`, it returns `<task>` instead if `<task>` has data.
+    """
     from pemoe_jax.data import seqio_import, seqio_tasks
 
     registry = seqio_import.import_seqio().TaskRegistry.names()
@@ -269,8 +272,8 @@ def measure_examples(
 ) -> "probe_lib.ProbeTotals":
     """Sums router probabilities and entropies over the tokens of each example.
 
-    The decoder reads the correct answers. The result has NumPy arrays, with N examples in place of
-    T tasks.
+    The decoder reads the correct answers. The result has NumPy arrays. Their axis T (the tasks, in
+    `ProbeTotals`) has the N examples instead.
 
     Args:
       model: network with routers.
@@ -375,9 +378,9 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
 
     Args:
       patterns: shell-style patterns of names such as 'decoder/layers_3/mlp/gate'. None selects
-        the last layer with routers (in arXiv 2309.05444, the last decoder layer): its sites with as
-        many experts as its last site. If the last site is a sparse layer, None selects the last
-        sparse layer of each stack instead.
+        sites of the last layer with routers (in arXiv 2309.05444, the last decoder layer): the last
+        site, and those with as many experts. If the last router is that of a sparse layer, not of
+        an adapter, None selects the last sparse layer of each stack instead.
       num_experts: {site: E} of every router.
 
     Raises:
@@ -411,7 +414,8 @@ def select_sites(patterns: Sequence[str] | None, num_experts: Mapping[str, int])
         selected.update(matches)
     if not selected:
         raise InputError("ROUTES_SITES must name at least one site, got []")
-    # All sites of a map have the same columns, one for each expert.
+    # `analysis.plots.routing_map` draws a panel per site; the panels share their columns, the
+    # experts.
     sizes = {num_experts[site] for site in selected}
     if len(sizes) != 1:
         raise InputError(

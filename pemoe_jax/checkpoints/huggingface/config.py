@@ -89,7 +89,8 @@ def read_activations(path: epath.Path, config: JsonObject, is_gated: bool) -> tu
             default, names = "gelu", dict.fromkeys(("gelu", "gated-gelu", "gelu_new"), "gelu_new")
     elif is_gated:
         names = {f"gated-{name}": name for name in names}
-        names["gated-gelu"] = "gelu_new"  # as in transformers, and for this value alone
+        # As in transformers: in "gated-gelu", unlike elsewhere, "gelu" means gelu_new.
+        names["gated-gelu"] = "gelu_new"
     value = config.get(key, default)
     name = names.get(value) if isinstance(value, str) else None
     if name is None:
@@ -125,8 +126,8 @@ def check_sizes(
       sizes: the results of `dimensions.infer` and `infer_sparse` for the arrays.
       layout: the layout of the arrays.
       check_depths: whether to check the numbers of layers. False for switch-xxl-128 and
-        switch-c-2048, whose config.json is wrong (it has 48 and 12 layers, where the arrays have 24
-        and 24).
+        switch-c-2048, whose config.json is wrong. That of switch-xxl-128 states 48 encoder layers
+        and 12 decoder layers, where the arrays have 24 of each.
     """
     for key, field in _DIMENSIONS.items():
         if field not in sizes or (key in _DEPTHS and not check_depths):
@@ -196,7 +197,7 @@ def _depths(config: "T5Config") -> dict[str, int]:
 
 
 def _num_sparse_layers(path: str, stack: str, depth: int, sparse: "Sparse") -> int:
-    """Returns the `num_sparse_…_layers` with which transformers has the sparse layers of `sparse`.
+    """Returns the `num_sparse_…_layers` for which transformers makes the same layers sparse.
 
     Raises:
       InputError: there is no such number, because SPARSE_STEP is 3 or more, or is 2 in a stack of
@@ -247,7 +248,7 @@ def make(
         "initializer_factor": 1.0,
         "is_encoder_decoder": True,
         "use_cache": True,
-        # Written for any model. The T5Config of transformers 5 would always save true.
+        # Read by transformers 5, whose own T5Config nevertheless saves true for every model.
         "tie_word_embeddings": config.logits_via_embedding,
         "pad_token_id": 0,
         "eos_token_id": 1,
