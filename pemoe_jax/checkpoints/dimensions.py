@@ -22,7 +22,8 @@ def infer(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any]:
       source: the checkpoint, for errors.
 
     Raises:
-      InputError: an array that determines a dimension is missing or has another rank.
+      InputError: an array that determines a dimension is missing or has another rank, the layers
+        are scanned, or the query's columns are not a multiple of the number of heads.
     """
     layer = "encoder/layers_0"
     scanned = next((path for path in shapes if path.startswith("encoder/encoder/")), None)
@@ -62,7 +63,8 @@ def infer_sparse(shapes: Shapes, source: str = "checkpoint") -> dict[str, Any] |
     """Returns the fields of `Sparse` that shapes determine; None for a dense model.
 
     Raises:
-      InputError: no `sparse_step` gives these sparse layers, or an expert is not a matrix.
+      InputError: no `sparse_step` gives these sparse layers, or the experts' first kernel is
+        missing or is not [E, D, F].
     """
     layers: dict[str, set[int]] = {stack: set() for stack in _STACKS}
     for path in shapes:

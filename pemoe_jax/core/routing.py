@@ -1,10 +1,11 @@
 """Routers of adapters: soft or top-k distributions over experts (arXiv 2309.05444, section 2.2).
 
-    p = softmax(x W / τ)
+    p = softmax(h W / τ)
 
-for each token, with the temperature τ. The mixture uses all of p (soft routing) or its k largest
-values (top-k routing). The routers of sparse MLPs are in `experts`, and their top-k is
-`dispatch.choose_experts`. This module also summarizes the statistics of both kinds of routers.
+for each token, where h are the features that the router reads, and τ is the temperature. The
+mixture uses all of p (soft routing) or its k largest values (top-k routing). The routers of sparse
+MLPs are in `experts`, and their top-k is `dispatch.choose_experts`. This module also summarizes the
+statistics of both kinds of routers.
 """
 
 import functools
@@ -167,8 +168,8 @@ def _route(
         aux_loss += balance_loss * statistics[STATISTICS.index("balance_loss")]
     if z_loss:
         aux_loss += z_loss * statistics[STATISTICS.index("z_loss")]
-    # Only the auxiliary loss has a gradient. Otherwise, gradients that are zero would be computed
-    # from the metrics back through the whole network.
+    # Of the statistics, only the auxiliary loss has a gradient. Otherwise, gradients that are zero
+    # would be computed from the metrics back through the whole network.
     return RouterOutput(probs, jnp.append(jax.lax.stop_gradient(statistics), aux_loss))
 
 
@@ -267,8 +268,8 @@ def sown_by_router(collection: Mapping[str, PyTree], name: str) -> dict[str, Arr
     The path of a sparse layer's router is '<stack>/layers_<i>/mlp/experts'. An adapter's router has
     the path of the adapter, such as '<stack>/layers_<i>/mlp/gate_adapter'.
     """
-    # Sorted by router path, since the order of the sown paths, such as a sparse layer's
-    # '…/mlp/statistics', differs.
+    # The sown paths are in another order: a sparse layer sows to '…/mlp/statistics', for example,
+    # but the path of its router is '…/mlp/experts'.
     by_router = {}
     for path, (value,) in params_lib.flatten(collection).items():
         module, _, ending = path.rpartition("/")
@@ -291,8 +292,8 @@ def total_aux_loss(paths: Sequence[str], aux_losses: Array | np.ndarray) -> Arra
     that has both.
     """
     is_sparse = np.array([is_sparse_layer(path) for path in paths])
-    rows = [np.flatnonzero(kind) for kind in (is_sparse, ~is_sparse) if kind.any()]
-    means = [aux_losses[kind].mean() for kind in rows]
+    rows = [np.flatnonzero(mask) for mask in (is_sparse, ~is_sparse) if mask.any()]
+    means = [aux_losses[indices].mean() for indices in rows]
     return means[0] if len(means) == 1 else means[0] + means[1]
 
 

@@ -184,7 +184,8 @@ def _step_of(line: str) -> int | None:
 class Progress:
     """Shows the progress of work, with the remaining time: a bar on a terminal, else lines.
 
-    The pace is measured from the first count on, because the work before it includes compiling.
+    The pace is measured from the first update (`advance` or a report) on, because the work before
+    it includes compiling.
 
     Args:
       label: name of the thing that is counted, e.g. 'step'.
@@ -196,7 +197,7 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0, note: str = "compiling") -> None:
         self._label, self._total = label, total
         self._last_report = time.monotonic()
-        self._first: tuple[int, float] | None = None  # the first count and its time
+        self._first: tuple[int, float] | None = None  # count and time of the first update
         self._bar: rich_progress.Progress | None = None
         if sys.stdout.isatty():
             from rich import progress
@@ -235,10 +236,10 @@ class Progress:
             self.advance(done)
 
     def report(self, done: int, note: str) -> None:
-        """Shows the count, the note and, from the second count on, the remaining time."""
+        """Shows the count, the note and, from the second update on, the remaining time."""
         now = time.monotonic()
         first, start = self._first = self._first or (done, now)
-        if self._bar is not None:  # `rich` measures the pace from the first count too
+        if self._bar is not None:  # `rich` measures the pace itself, over the last 30 seconds
             self._bar.update(self._task, completed=done, note=note)
             return
         left = ""

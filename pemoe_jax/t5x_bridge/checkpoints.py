@@ -68,7 +68,7 @@ class Checkpoints:
           InputError: see `parameters.read_model`.
         """
         del settings
-        # `checkpoint_path` appends a step to paths that have none: base models and adapters.
+        # Base models and adapters have no folder 'checkpoint_<step>': `checkpoint_path` added it.
         if not file_io.resolve(path).exists():
             path = os.path.dirname(path)
         params, step = parameters.read_model(self._module, path, self._base_path, self._shardings)
