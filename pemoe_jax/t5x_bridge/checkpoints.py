@@ -10,6 +10,7 @@ from t5x import train_state as t5x_train_state
 
 from pemoe_jax.checkpoints import models
 from pemoe_jax.core import network
+from pemoe_jax.core.errors import InputError
 from pemoe_jax.runtime import file_io
 from pemoe_jax.t5x_bridge import parameters
 
@@ -21,11 +22,18 @@ def checkpoint_path(path: str | Sequence[str]) -> str | list[str]:
 
     Args:
       path: a run (for its newest checkpoint), a checkpoint, an adapter or a base model, or several.
+
+    Raises:
+      InputError: a checkpoint of this step does not exist.
     """
     if not isinstance(path, str):
         return [str(checkpoint_path(each)) for each in path]
     resolved = os.fspath(file_io.resolve(path))  # 'gs://…', or an absolute path
     if re.search(r"checkpoint_\d+$", resolved):
+        # Otherwise `Checkpoints` would take the step for one that was added here, and read the
+        # newest checkpoint of the run.
+        if not file_io.resolve(resolved).exists():
+            raise InputError(f"CHECKPOINT_PATH: {resolved}: no such checkpoint")
         return resolved
     # A path that does not exist raises an InputError in `Checkpoints.restore`.
     step = models.open_model(resolved).step if file_io.resolve(resolved).exists() else 0

@@ -176,6 +176,17 @@ def test_both_evaluate_runs_of_both(run, workspace):
         assert scores == pytest.approx([result["tasks"][task]["accuracy"] for result in results])
 
 
+def test_a_step_that_does_not_exist_is_an_error(tmp_path):
+    """Otherwise the newest checkpoint of the run would be evaluated."""
+    from pemoe_jax.t5x_bridge import checkpoints
+
+    (tmp_path / "run" / "checkpoint_6").mkdir(parents=True)
+    path = str(tmp_path / "run" / "checkpoint_6")
+    assert checkpoints.checkpoint_path([path]) == [path]
+    with pytest.raises(InputError, match=r"run/checkpoint_7: no such checkpoint"):
+        checkpoints.checkpoint_path([path, str(tmp_path / "run" / "checkpoint_7")])
+
+
 def test_decoding_equals_that_of_pemoe_infer(run, workspace):
     common = {**workspace.data, "CHECKPOINT_PATH": str(run.folder / "whole")}
     files = [MODEL, *METHODS[run.method], "runs_t5x/infer.gin"]
