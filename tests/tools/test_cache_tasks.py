@@ -141,7 +141,7 @@ def test_unpublished_score_eval_task(forms, tmp_path):
         (["--workers=0"], "--workers must be a positive integer, got 0"),
         (["--p3_dir=/nowhere"], "P3_DIR /nowhere must be a folder, got no such folder"),
         (["--vocab_path=/nowhere", f"--tasks={RTE}"], "got no file at /nowhere"),
-        (["--gin.X=1"], "no gin bindings"),
+        (["--gin.X=1"], "--gin.X: this command takes no gin settings"),
     ],
 )
 def test_errors_are_one_line(forms, tmp_path, capsys, flags, message):
