@@ -443,7 +443,8 @@ def test_a_tokenizer_of_transformers(tmp_path):
         scores([loaded.rank(TEXTS[0], CHOICES[0])]), scores([expected.rank(TEXTS[0], CHOICES[0])])
     )
     loaded.set_adapter(mov)
-    with pytest.raises(InputError, match=f"^vocabulary must be .* {mov} .* {vocabulary}, got one"):
+    message = rf"^vocabulary must be .* {mov} .* {vocabulary}\), got one"
+    with pytest.raises(InputError, match=message):
         pemoe_jax.load_model(BASE, mov, empty)
 
 
