@@ -311,7 +311,7 @@ def test_missing_sentence_embeddings():
     [
         ({"top_k": 0}, r"top_k must be None or between 1 and num_experts \(4\), got 0"),
         ({"top_k": 5}, "got 5"),
-        ({"reads": "z"}, r"reads must be one of \('x', 'y', 'sentence'\), got 'z'"),
+        ({"reads": "z"}, r"reads must be None or one of \('x', 'y', 'sentence'\), got 'z'"),
         ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
         ({"jitter_noise": 1.0}, r"jitter_noise must be in \[0, 1\), got 1.0"),
     ],
