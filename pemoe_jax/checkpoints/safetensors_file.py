@@ -25,7 +25,7 @@ from pemoe_jax.runtime import checksums, file_io
 # Metadata key of files that this package writes: the CRC-32C of each block of each array's bytes.
 # Checksums are per block, because a process may read only some rows of an array.
 CHECKSUMS_KEY = "crc32c"
-# `file_io.SPAN_BYTES` must be a multiple of it, so that one thread computes a whole checksum.
+# `threads.SPAN_BYTES` must be a multiple of it, so that one thread computes a whole checksum.
 _BLOCK_BYTES = 1 << 24
 
 _DTYPES: dict[str, np.dtype] = {

@@ -12,7 +12,7 @@ import google_crc32c
 import numpy as np
 
 from pemoe_jax.core.errors import InputError
-from pemoe_jax.runtime import atomic_write, file_io
+from pemoe_jax.runtime import atomic_write, file_io, threads
 from pemoe_jax.runtime.file_io import AnyPath
 
 FILE = "checksums.json"
@@ -52,7 +52,7 @@ def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | 
     Args:
       array: the array.
       visit: called with parts of the values [<= 4 MiB] while they are in a cache of the processor;
-        in several threads if the array is large (`file_io.map_spans`).
+        in several threads if the array is large (`threads.map_spans`).
     """
     values = np.ascontiguousarray(array).reshape(-1)
     data = values.view(np.uint8)
@@ -70,7 +70,7 @@ def checksum_of_values(array: np.ndarray, visit: Callable[[np.ndarray], None] | 
         return content
 
     crc = 0
-    for content in file_io.map_spans(sum_span, len(data)):
+    for content in threads.map_spans(sum_span, len(data)):
         crc = google_crc32c.extend(crc, content)
     return crc
 

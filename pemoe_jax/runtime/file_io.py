@@ -1,6 +1,5 @@
 """Local and `gs://` paths: checks, one-line errors, and reading text, byte ranges and JSON."""
 
-import concurrent.futures
 import contextlib
 import errno
 import io
@@ -10,12 +9,13 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import numpy as np
 from etils import epath
 
 from pemoe_jax.core.errors import InputError, first_line
+from pemoe_jax.runtime import threads
 
 # An object as json.loads returns it; its values are checked where they are used.
 JsonObject: TypeAlias = dict[str, Any]
@@ -211,25 +211,9 @@ def read_text(path: AnyPath, errors: str = "strict") -> str:
     return io.TextIOWrapper(io.BytesIO(path.read_bytes()), "utf-8", errors).read()
 
 
-SPAN_BYTES = 1 << 24  # processed by one thread, in order; a multiple of READ_BLOCK
-# Bytes that are read at once. With smaller blocks, threads spend their time on Python's global
-# lock; larger ones do not stay in a core's cache until their checksum is computed.
+# Bytes that are read at once; a divisor of `threads.SPAN_BYTES`. With smaller blocks, threads wait
+# for Python's global lock; blocks of 4 MiB gain nothing more.
 READ_BLOCK = 1 << 21
-
-_Result = TypeVar("_Result")
-
-
-def map_spans(function: Callable[[int, int], _Result], size: int) -> list[_Result]:
-    """Splits `size` bytes into spans of `SPAN_BYTES`, and calls `function(start, stop)` for each.
-
-    Returns the results in the order of the spans. Threads process several spans at a time.
-    """
-    bounds = [(start, min(start + SPAN_BYTES, size)) for start in range(0, size, SPAN_BYTES)]
-    if len(bounds) < 2:
-        return [function(*pair) for pair in bounds]
-    # A pool of its own: threads of a lasting pool would be missing after a fork.
-    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(lambda pair: function(*pair), bounds))
 
 
 def read_range(
@@ -246,7 +230,7 @@ def read_range(
       size: number of bytes.
       visit: called with each block of `READ_BLOCK` bytes while it is in a cache of the processor;
         its arguments are the block's position in the range and its bytes. Blocks of one span of
-        `map_spans` are visited in order; different spans may be visited in different threads.
+        `threads.map_spans` are visited in order, different spans possibly in different threads.
 
     Raises:
       InputError: the file is shorter.
@@ -275,7 +259,7 @@ def read_range(
                         visit(start, block)
             return span_read
 
-        num_read = sum(map_spans(read_span, size))
+        num_read = sum(threads.map_spans(read_span, size))
     if num_read != size:
         raise InputError(
             f"{path}: truncated: expected {size:,} bytes at {offset:,}, got {num_read:,}"

@@ -1,10 +1,12 @@
 """Lazy arrays: slices, dtypes, shardings, memory use and errors; safetensors files."""
 
+import gc
 import json
 import struct
 import threading
 import time
 import tracemalloc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +147,25 @@ def test_groups_of_arrays():
     assert groups == [["a"], ["b", "c", "d", "e"], ["f"]]
     assert list(device_arrays._group(sizes, 0)) == [["a"], ["b"], ["c"], ["d"], ["e"], ["f"]]
     assert list(device_arrays._group({}, 10)) == []
+
+
+def test_host_copies_are_freed_before_the_next_read():
+    """On accelerators: here `transform` drops the jax arrays, whose memory may be the host's."""
+    buffers: list[weakref.ref[np.ndarray]] = []
+
+    def source(size: int) -> LazyArray:
+        def read_slice(index):
+            assert not any(buffer() is not None for buffer in buffers)
+            values = np.ones(size, np.float32)
+            buffers.append(weakref.ref(values))
+            return values[index]
+
+        return LazyArray((size,), np.dtype(np.float32), read_slice)
+
+    arrays = {f"{i}": source(1000 - i) for i in range(3)}
+    targets = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in arrays.items()}
+    device_arrays.load_arrays(arrays, targets, "x", transform=lambda *_: gc.collect())
+    assert len(buffers) == 3
 
 
 def test_an_error_cancels_the_other_reads():

@@ -14,7 +14,7 @@ from pemoe_jax.analysis import plots
 from pemoe_jax.analysis.zero_shot import results
 from pemoe_jax.core.errors import InputError
 from pemoe_jax.data import row_checks, sentence_table
-from pemoe_jax.runtime import atomic_write, checksums, file_io, step_times
+from pemoe_jax.runtime import atomic_write, checksums, file_io, step_times, threads
 
 
 def test_failed_writes_leave_nothing_behind(tmp_path):
@@ -139,7 +139,7 @@ def test_json_with_half_a_surrogate_pair(tmp_path, value):
 
 
 def test_spans_of_a_file_are_read_in_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr(file_io, "SPAN_BYTES", 40)
+    monkeypatch.setattr(threads, "SPAN_BYTES", 40)
     monkeypatch.setattr(file_io, "READ_BLOCK", 20)
     content = bytes(range(256))
     (tmp_path / "a").write_bytes(content)
@@ -169,8 +169,11 @@ def test_checksums_of_values_do_not_depend_on_spans(monkeypatch):
     parts: list[np.ndarray] = []
     expected = checksums.checksum_of_values(values, parts.append)
     assert np.array_equal(np.concatenate(parts), values)
-    for name, size in ((file_io, 1 << 16), (checksums, 1 << 15)):
-        monkeypatch.setattr(name, "SPAN_BYTES" if name is file_io else "_PART_BYTES", size)
+    for module, name, size in (
+        (threads, "SPAN_BYTES", 1 << 16),
+        (checksums, "_PART_BYTES", 1 << 15),
+    ):
+        monkeypatch.setattr(module, name, size)
         parts.clear()
         assert checksums.checksum_of_values(values, parts.append) == expected
         assert sum(map(len, parts)) == len(values)
